@@ -1,0 +1,60 @@
+# What a person types. The venv is made once and refreshed when a lock file changes; scripts/ holds the longer steps.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+LOCK_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+MAKEFLAGS += --no-print-directory
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:  # `make -j test` must not run the tests beside the installation they need
+.PHONY: help run test env token lint format lock setup clean runtime dev
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' Makefile | while IFS='	' read -r target text; do \
+		printf '  make %-8s %s\n' "$$target" "$$text"; done
+
+run: runtime  ## start the service for development, on http://127.0.0.1:8000 (PORT is respected)
+	@DEV_MODE=true exec $(BIN)/gunicorn wsgi:app
+
+test: dev  ## run all checks and tests, installing what they need (PYTEST_ARGS="-k name")
+	@scripts/ensure-test-tools $(VENV)
+	@$(MAKE) lint
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests $(PYTEST_ARGS)
+
+env: runtime  ## write a .env with random secrets; only the provider keys are missing
+	@$(BIN)/python -m aistream.environment
+
+token: runtime  ## print the call of /init-stream to paste, with a fresh token
+	@DEV_MODE=true $(BIN)/python generate_token.py --curl
+
+lint: dev  ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: dev  ## let ruff format the code and fix what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+# The lock files serve Python 3.11 and newer on every platform: uv resolves for all of them at once.
+UV_COMPILE := $(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
+lock: runtime  ## write requirements*.txt anew from pyproject.toml (LOCK_ARGS=--upgrade moves the indirect ones too)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	@$(UV_COMPILE) $(LOCK_ARGS) --output-file requirements.txt
+	@$(UV_COMPILE) $(LOCK_ARGS) --constraint requirements.txt --group dev --output-file requirements-dev.txt
+
+setup: dev  ## only make the venv, with everything for development
+
+clean:  ## remove the venv and all caches; .env and .dev-secret stay
+	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+runtime:
+	@scripts/ensure-venv "$(PYTHON)" $(VENV) requirements.txt
+
+dev:
+	@scripts/ensure-venv "$(PYTHON)" $(VENV) requirements-dev.txt
