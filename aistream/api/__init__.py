@@ -1,0 +1,126 @@
+"""What all routes share: the parts they work with, request ids, CORS, and problem+json for whatever is not a success."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from dataclasses import dataclass
+from typing import Any, cast
+
+import msgspec
+from flask import Flask, Response, current_app, g, request
+from flask_cors import CORS
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+
+from aistream.background import Background
+from aistream.config import LOOPBACK_ORIGIN, Config
+from aistream.errors import Problem
+from aistream.providers import Providers
+from aistream.store import Store
+from aistream.telemetry import log as lines
+from aistream.tokens import Tokens
+from aistream.viewing import Viewing
+
+#: Request ids are taken over only if they are harmless in a log line.
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
+
+_TITLES = {404: "Not found", 405: "Method not allowed", 413: "The request is too large"}
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the routes of one app work with."""
+
+    config: Config
+    store: Store
+    providers: Providers
+    tokens: Tokens
+    viewing: Viewing
+    background: Background
+
+
+def parts() -> Parts:
+    """The parts of the app that serves this request."""
+    return cast(Parts, current_app.extensions["aistream"])
+
+
+def json_response(value: Any, status: int = 200, mimetype: str = "application/json") -> Response:
+    """A response that nobody may keep: what we say is about one session or one moment."""
+    response = Response(msgspec.json.encode(value), status, mimetype=mimetype)
+    response.headers["Cache-Control"] = "no-store"
+    return response
+
+
+def problem(error: Problem) -> Response:
+    """RFC 9457, with `ok: false` for clients of the original service, a stable `code`, and every faulty field by name."""
+    body: dict[str, Any] = {
+        "ok": False,
+        "type": "about:blank",
+        "title": error.title,
+        "status": error.status,
+        "code": error.code,
+        "detail": error.detail,
+        "requestId": g.get("request_id"),
+    }
+    if error.faults:
+        body["errors"] = [{"field": fault.field, "message": fault.message} for fault in error.faults]
+    response = json_response(body, error.status, "application/problem+json")
+    response.headers.extend(error.headers)
+    return response
+
+
+def bearer() -> str | None:
+    """The token of `Authorization: Bearer …`, if there is one."""
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    return token.strip() or None if scheme.lower() == "bearer" else None
+
+
+def init_app(app: Flask, config: Config) -> None:
+    """Gives an app what all its routes share."""
+    app.config["MAX_CONTENT_LENGTH"] = config.max_body_bytes
+    app.url_map.strict_slashes = False
+    CORS(
+        app,
+        origins=[*config.allowed_origins, *([rf"^{LOOPBACK_ORIGIN}\Z"] if config.dev_mode else [])],
+        allow_headers=["Authorization", "Cache-Control", "Content-Type", "Last-Event-ID"],
+        expose_headers=["Retry-After", "X-Request-ID"],
+        methods=["GET", "POST"],
+        max_age=600,
+    )
+    app.before_request(_name_request)
+    app.after_request(_finish_headers)
+    app.register_error_handler(Problem, problem)
+    app.register_error_handler(HTTPException, _http_error)
+    app.register_error_handler(Exception, _unexpected)
+
+
+def _name_request() -> None:
+    given = request.headers.get("X-Request-ID", "")
+    g.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _finish_headers(response: Response) -> Response:
+    # The answer depends on who asks, also where the origin was refused or there was none.
+    response.vary.add("Origin")
+    response.headers["X-Request-ID"] = g.get("request_id", "")
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["Referrer-Policy"] = "no-referrer"
+    return response
+
+
+def _http_error(error: HTTPException) -> Response:
+    status = error.code or 500
+    if isinstance(error, RequestEntityTooLarge):
+        detail = f"The body is larger than {current_app.config['MAX_CONTENT_LENGTH']} bytes (MAX_BODY_BYTES)."
+        return problem(Problem(detail, status=413, code="body_too_large", title=_TITLES[413]))
+    title = _TITLES.get(status, error.name)
+    answer = problem(Problem(title + ".", status=status, code=re.sub(r"\W+", "_", error.name.lower()), title=title))
+    allowed = getattr(error, "valid_methods", None)
+    if allowed:
+        answer.headers["Allow"] = ", ".join(allowed)
+    return answer
+
+
+def _unexpected(error: Exception) -> Response:
+    lines.error("request.broke", route=request.url_rule and request.url_rule.rule, request_id=g.get("request_id"), error=error)
+    return problem(Problem("The error was logged under the request's id."))

@@ -1,0 +1,262 @@
+"""POST /init-stream: n8n asks for an answer and gets the address of its stream."""
+
+from __future__ import annotations
+
+import math
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+import pydantic_core
+from flask import Blueprint, Response, request
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from aistream.api import bearer, json_response, parts
+from aistream.callback import timestamp
+from aistream.config import Config, origin_of
+from aistream.errors import Fault, InvalidRequest, Problem
+from aistream.session import Message, Request
+from aistream.tokens import Caller
+
+bp = Blueprint("init", __name__)
+
+MAX_MESSAGES = 200
+MAX_METADATA_CHARS = 16_384
+MAX_URL_CHARS = 2_048
+
+
+def _no_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("text without the character NUL")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_no_nul)]
+Name = Annotated[str, StringConstraints(max_length=512), AfterValidator(_no_nul)]
+#: Echoed in the type it came in. JSON has no NaN, and `true` is no number.
+Echoed = Name | int | float | None
+
+
+class Turn(BaseModel):
+    """One earlier turn of the conversation."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    role: Literal["user", "assistant", "system"]
+    content: Text
+
+
+class InitRequest(BaseModel):
+    """The body of POST /init-stream. camelCase lives here and in the callback's payload, nowhere else."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+    n8nToken: str | None = None
+    resumeUrl: Annotated[str, StringConstraints(min_length=1, max_length=MAX_URL_CHARS)]
+    prompt: Annotated[str, StringConstraints(min_length=1), AfterValidator(_no_nul)]
+    userId: Echoed = None
+    chatId: Echoed = None
+    model: Annotated[str, StringConstraints(min_length=1, max_length=200), AfterValidator(_no_nul)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    messages: Annotated[list[Turn], Field(max_length=MAX_MESSAGES)] | None = None
+    system: Text | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    stop: (
+        Annotated[str, StringConstraints(min_length=1, max_length=200)]
+        | Annotated[list[Annotated[str, StringConstraints(min_length=1, max_length=200)]], Field(max_length=4)]
+        | None
+    ) = None
+    metadata: dict[str, Any] | None = None
+    format: Literal["text", "json"] | None = None
+
+
+@bp.post("/init-stream")
+def init_stream() -> Response:
+    """Creates a session and answers with its stream's address."""
+    body = read_body(request.get_data(cache=False))
+    # Who asks is settled before what is asked: the faults of a body are told to callers only.
+    caller = parts().tokens.verify_caller(bearer() or token_in(body))
+    return json_response(accept(body, caller))
+
+
+def read_body(raw: bytes) -> dict[str, Any]:
+    """The request's JSON object. Raises InvalidRequest for whatever is none, with the place where it stops being JSON."""
+    kind = request.mimetype
+    if kind and kind != "application/json" and not kind.endswith("+json"):
+        raise Problem(
+            f"The body is {kind}: expected application/json.",
+            status=415,
+            code="unsupported_media_type",
+            title="Not JSON",
+        )
+    try:
+        body = pydantic_core.from_json(raw, allow_inf_nan=False, cache_strings="none")
+    except ValueError as error:
+        # jiter's messages name a kind of fault and a place, and quote nothing.
+        raise InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
+    if not isinstance(body, dict):
+        raise InvalidRequest(
+            'The body is not a JSON object: expected {"n8nToken": …, "resumeUrl": …, "prompt": …}.', code="invalid_json"
+        )
+    return body
+
+
+def token_in(body: dict[str, Any]) -> str | None:
+    """`n8nToken`, if it is text; anything else is named with the other faults once the caller is known."""
+    token = body.get("n8nToken")
+    return token if isinstance(token, str) else None
+
+
+def accept(body: dict[str, Any], caller: Caller) -> dict[str, Any]:
+    """Checks what is asked, stores the session, and gives the answer to init. Raises InvalidRequest and StoreUnavailable."""
+    config = parts().config
+    asked = _checked(body, config)
+    asked_of_model = _request(asked, config)
+    session_id = str(uuid.uuid4())
+    accepted = parts().store.create(session_id, caller.subject, asked_of_model, asked.resumeUrl)
+    # As long as the session can be watched: a reconnect with the same URL must find its token good.
+    expires_at = math.ceil(
+        time.time() + config.session_ttl_seconds + config.max_stream_seconds + config.keep_seconds + config.replay_seconds
+    )
+    token = parts().tokens.sign_viewer(session_id, expires_at)
+    return {
+        "ok": True,
+        "streamUrl": f"{config.base_url}/stream/{session_id}?access_token={token}"
+        + ("&format=json" if asked.format == "json" else ""),
+        "streamId": session_id,
+        "expiresAt": timestamp(accepted.deadline),
+        "warnings": [
+            *(f"{name} is unknown and was ignored" for name in _unknown(body)),
+            *(f"{name} is not sent: {asked_of_model.provider} does not take it" for name in _ignored(asked_of_model)),
+        ],
+    }
+
+
+def _request(asked: InitRequest, config: Config) -> Request:
+    model = asked.model or config.default_model
+    route = parts().providers.route(model)
+    stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
+    return Request(
+        prompt=asked.prompt,
+        requested_model=model,
+        model=route.model,
+        provider=route.provider,
+        max_tokens=asked.max_tokens or 4096,
+        messages=tuple(Message(turn.role, turn.content) for turn in asked.messages or []),
+        system=asked.system,
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        stop=tuple(stop),
+        user_id=asked.userId,
+        chat_id=asked.chatId,
+        metadata=asked.metadata,
+    )
+
+
+def _checked(body: dict[str, Any], config: Config) -> InitRequest:
+    """The body as it is meant. Raises InvalidRequest that names all faults at once."""
+    faults: list[Fault] = []
+    asked = None
+    try:
+        asked = InitRequest.model_validate(body)
+    except ValidationError as error:
+        faults += _named(error)
+    named = {fault.field for fault in faults}
+    faults += [fault for fault in _further(body, config) if fault.field not in named]
+    try:
+        model = body.get("model") or config.default_model
+        if isinstance(model, str) and "model" not in named:
+            parts().providers.route(model)
+    except InvalidRequest as error:
+        if not faults:
+            raise
+        faults += error.faults
+    if faults or asked is None:
+        raise InvalidRequest("; ".join(f"{fault.field}: {fault.message}" for fault in faults) + ".", faults=faults)
+    return asked
+
+
+def _further(body: dict[str, Any], config: Config) -> Iterator[Fault]:
+    """What types alone do not say."""
+    prompt, url = body.get("prompt"), body.get("resumeUrl")
+    if isinstance(prompt, str) and len(prompt) > config.max_prompt_chars:
+        yield Fault("prompt", f"has {len(prompt)} characters: expected at most {config.max_prompt_chars} (MAX_PROMPT_CHARS)")
+    history = sum(len(text) for text in _history(body))
+    if history > config.max_prompt_chars:
+        yield Fault(
+            "messages",
+            f"and system have {history} characters: expected at most {config.max_prompt_chars} (MAX_PROMPT_CHARS)",
+        )
+    if body.get("metadata") is not None and len(pydantic_core.to_json(body["metadata"])) > MAX_METADATA_CHARS:
+        yield Fault("metadata", f"is too large: expected at most {MAX_METADATA_CHARS} bytes of JSON")
+    if isinstance(url, str) and url:
+        expected = _resume_url_fault(url, config)
+        if expected:
+            yield Fault("resumeUrl", expected)
+
+
+def _history(body: dict[str, Any]) -> Iterator[str]:
+    turns = body.get("messages")
+    contents = [turn.get("content") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    return (text for text in [body.get("system"), *contents] if isinstance(text, str))
+
+
+def _resume_url_fault(url: str, config: Config) -> str | None:
+    try:
+        parts_ = urlsplit(url)
+        origin = origin_of(url)
+    except ValueError:
+        return "is not an http URL: expected n8n's $execution.resumeUrl"
+    if not url.isascii() or any(c <= " " or c == "\x7f" or c == "\\" for c in url):
+        return "has characters that no URL may have: expected n8n's $execution.resumeUrl as it is"
+    if "@" in parts_.netloc or "#" in url:
+        return "has a user name or a fragment: expected n8n's $execution.resumeUrl as it is"
+    if (config.resume_url_allowed_origins or not config.dev_mode) and origin not in config.resume_url_allowed_origins:
+        return f"has the origin {origin}, which is not among RESUME_URL_ALLOWED_ORIGINS of the service's configuration"
+    return None
+
+
+#: pydantic's name of a fault -> what was expected; where it is missing pydantic's own sentence is good enough.
+_EXPECTED = {
+    "missing": "is missing: it is required",
+    "string_type": "expected text",
+    "int_type": "expected a whole number",
+    "float_type": "expected a number",
+    "dict_type": "expected a JSON object",
+    "list_type": "expected a list",
+    "model_type": "expected a JSON object",
+    "model_attributes_type": "expected a JSON object",
+    "string_unicode": "expected valid Unicode text",
+    "finite_number": "expected a finite number",
+}
+#: Fields that take more than one type: pydantic would report each alternative as a fault of its own.
+_ALTERNATIVES = {
+    "userId": "expected text of at most 512 characters, or a number",
+    "chatId": "expected text of at most 512 characters, or a number",
+    "stop": "expected text, or a list of at most 4 texts, each of 1 to 200 characters",
+}
+
+
+def _named(error: ValidationError) -> list[Fault]:
+    faults: dict[str, str] = {}
+    for one in error.errors(include_url=False, include_input=False, include_context=True):
+        top = str(one["loc"][0])
+        if top in _ALTERNATIVES:
+            faults[top] = _ALTERNATIVES[top]
+            continue
+        field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in one["loc"]).removeprefix(".")
+        message = _EXPECTED.get(one["type"]) or one["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+        faults.setdefault(field, message if " " in message else f"expected {message}")
+    return [Fault(field, message[:1].lower() + message[1:]) for field, message in faults.items()]
+
+
+def _ignored(asked: Request) -> list[str]:
+    return sorted(name for name in parts().providers[asked.provider].ignores if getattr(asked, name) is not None)
+
+
+def _unknown(body: dict[str, Any]) -> list[str]:
+    known = set(InitRequest.model_fields)
+    return [name[:100] for name in body if name not in known][:50]

@@ -1,0 +1,43 @@
+"""The composition root: the only place that knows all parts. Creating an app starts nothing and connects to nothing."""
+
+from __future__ import annotations
+
+from flask import Flask
+
+from aistream import api, telemetry
+from aistream.api import Parts, demo, health, init, stream
+from aistream.background import Background
+from aistream.config import Config
+from aistream.delivery import SENDERS, Delivery
+from aistream.follower import Follower
+from aistream.generation import Generations
+from aistream.outbound import Outbound
+from aistream.providers import Providers
+from aistream.store import Store
+from aistream.tokens import Tokens
+from aistream.viewing import Viewing
+from aistream.writer import LogWriter
+
+
+def create_app(config: Config, *, store: Store | None = None) -> Flask:
+    """The service as a Flask app. `store`: one to use in place of the configured one (tests share an embedded store so)."""
+    telemetry.configure(config)
+    store = store or Store(config)
+    providers = Providers(config)
+    writer = LogWriter(store)
+    delivery = Delivery(config, store, Outbound(pool_size=SENDERS))
+    generations = Generations(config, store, providers, writer, on_ended=delivery.wake)
+    follower = Follower(store, config)
+    viewing = Viewing(config, generations, follower)
+    background = Background(config, store, providers, writer, follower, generations, viewing, delivery)
+
+    app = Flask("aistream", static_folder=None)
+    app.extensions["aistream"] = Parts(config, store, providers, Tokens(config), viewing, background)
+    api.init_app(app, config)
+    # gunicorn starts the loops itself, after fork; under `flask run` the first request does.
+    app.before_request(background.start)
+    for bp in (init.bp, stream.bp, health.bp):
+        app.register_blueprint(bp)
+    if config.dev_mode:
+        app.register_blueprint(demo.bp)
+    return app

@@ -1,0 +1,118 @@
+"""Starts and stops a worker's loops: log writer, follower, heartbeats, lease renewal, deadlines; and drains a worker.
+
+Nothing here starts at import: gunicorn calls `start` after fork and patch, `flask run` at the first request.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import gevent
+
+from aistream.config import Config
+from aistream.delivery import Delivery
+from aistream.errors import StoreUnavailable
+from aistream.follower import Follower
+from aistream.generation import SHUTTING_DOWN, Generations
+from aistream.providers import Providers
+from aistream.session import State
+from aistream.store import Store
+from aistream.telemetry import log as lines
+from aistream.viewing import Viewing
+from aistream.writer import LogWriter
+
+#: Seconds between two looks at the deadlines.
+POLL = 0.5
+#: Seconds for what is left to be recorded when the drain's time is over.
+LAST_WORDS = 5.0
+
+
+class Background:
+    """The loops of one worker, and its way out."""
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        providers: Providers,
+        writer: LogWriter,
+        follower: Follower,
+        generations: Generations,
+        viewing: Viewing,
+        delivery: Delivery,
+    ) -> None:
+        self.draining = False
+        self._config = config
+        self._store = store
+        self._providers = providers
+        self._generations = generations
+        self._viewing = viewing
+        self._delivery = delivery
+        self._loops: list[gevent.Greenlet[..., None]] = []
+        self._runs: list[Callable[[], None]] = [
+            writer.run,
+            follower.run,
+            self._heartbeats,
+            self._renewals,
+            self._deadlines,
+        ]
+
+    def start(self) -> None:
+        """Starts the loops, once."""
+        if not self._loops:
+            self._loops = [gevent.spawn(run) for run in self._runs]
+            self._providers.warm_up()
+
+    def stop(self) -> None:
+        """Ends the loops at once. What was running here is recovered by another worker, as after a crash."""
+        gevent.killall(self._loops)
+        self._loops = []
+
+    def drain(self) -> None:
+        """Lets generations and callbacks finish for up to DRAIN_SECONDS; what is left ends as failed, with its partial answer."""
+        self.draining = True
+        began = time.monotonic()
+        self._wait_until_idle(began + self._config.drain_seconds)
+        cut = list(self._generations.running.values())
+        for generation in cut:
+            generation.stop(SHUTTING_DOWN)
+        if cut:
+            self._wait_until_idle(time.monotonic() + LAST_WORDS)
+        lines.info("worker.drained", cut=len(cut), duration_ms=round((time.monotonic() - began) * 1000))
+        self.stop()
+
+    def _wait_until_idle(self, until: float) -> None:
+        while (self._generations.running or len(self._delivery)) and time.monotonic() < until:
+            gevent.sleep(0.05)
+
+    def _heartbeats(self) -> None:
+        self._viewing.beat(lambda: min(1.0, self._config.heartbeat_seconds / 4))
+
+    def _renewals(self) -> None:
+        while True:
+            gevent.sleep(self._config.lease_seconds / 3)
+            self._step("renewal", self._generations.renew)
+
+    def _deadlines(self) -> None:
+        while True:
+            gevent.sleep(POLL)
+            self._step("deadlines", self._look_at_deadlines)
+
+    def _look_at_deadlines(self) -> None:
+        for session_id, state in self._store.due(callbacks=self._delivery.free):
+            if state is State.PENDING:
+                self._generations.expire(session_id)
+            elif state is State.RUNNING:
+                if session_id not in self._generations.running:
+                    self._generations.recover(session_id)
+            else:
+                self._delivery.wake(session_id)
+
+    def _step(self, name: str, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except StoreUnavailable:
+            lines.warning("store.away", during=name)
+        except Exception as error:  # the root of a loop: it goes on
+            lines.error("background.failed", during=name, error=error)

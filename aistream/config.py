@@ -1,0 +1,413 @@
+"""The configuration: one frozen value, built from any mapping of environment variables. Pure.
+
+`Config.from_env` names every bad setting at once, each with variable, value and expectation. Secrets have no default and
+do not show in `repr` or in a message. `manual()` is the text of `.env.example`, so that page and code cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import re
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from aistream.errors import ConfigError
+
+OPENAI_URL = "https://api.openai.com/v1"
+ANTHROPIC_URL = "https://api.anthropic.com"
+#: Any port of this machine, as a browser writes the origin: allowed by CORS in DEV_MODE.
+LOOPBACK_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
+
+_LOOPBACK_HOSTS = {"localhost", "127.0.0.1", "::1"}
+_PLACEHOLDERS = re.compile(r"change.?me|your.?(jwt.?)?secret|example|placeholder|replace.?(me|this)", re.IGNORECASE)
+_SECRET_BYTES = 32
+
+
+class _Bad(ValueError):
+    """A value that cannot be used; the message is what was expected."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One environment variable: how it is read, and what the manual says of it."""
+
+    parse: Callable[[str], Any]
+    default: str
+    doc: str
+    secret: bool = False
+
+
+def _setting(parse: Callable[[str], Any], default: str, doc: str, *, secret: bool = False) -> Any:
+    return dataclasses.field(metadata={"setting": Setting(parse, default, doc, secret)}, repr=not secret)
+
+
+def _text(value: str) -> str:
+    return value
+
+
+def _flag(value: str) -> bool:
+    try:
+        return {
+            "true": True,
+            "1": True,
+            "yes": True,
+            "on": True,
+            "false": False,
+            "0": False,
+            "no": False,
+            "off": False,
+            "": False,
+        }[value.lower()]
+    except KeyError:
+        raise _Bad("true or false") from None
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def parse(value: str) -> int:
+        if re.fullmatch(r"[0-9]{1,18}", value) and low <= int(value) <= high:
+            return int(value)
+        raise _Bad(f"a whole number from {low} to {high}")
+
+    return parse
+
+
+def _seconds(low: float, high: float) -> Callable[[str], float]:
+    def parse(value: str) -> float:
+        if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", value) and low <= float(value) <= high:
+            return float(value)
+        raise _Bad(f"a number of seconds from {low:g} to {high:g}")
+
+    return parse
+
+
+def _choice(*allowed: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        for one in allowed:
+            if value.lower() == one.lower():
+                return one
+        raise _Bad("one of " + ", ".join(a or "(empty)" for a in allowed))
+
+    return parse
+
+
+def _secret(value: str) -> str:
+    if value and len(value.encode()) < _SECRET_BYTES:
+        raise _Bad(f"at least {_SECRET_BYTES} random bytes, for example from: openssl rand -hex 32")
+    if "-----BEGIN" in value:
+        raise _Bad("a random secret, not a PEM key: HMAC with a public key lets everybody sign")
+    return value
+
+
+def _webhook_secret(value: str) -> bytes:
+    """Standard Webhooks' serialisation: `whsec_` and 24 to 64 bytes in base64."""
+    if not value:
+        return b""
+    try:
+        secret = base64.b64decode(value.removeprefix("whsec_"), validate=True)
+    except binascii.Error:
+        secret = b""
+    if not 24 <= len(secret) <= 64:
+        raise _Bad("whsec_ followed by 24 to 64 random bytes in base64 (Standard Webhooks)")
+    return secret
+
+
+def _base_url(value: str) -> str:
+    if not value:
+        return ""
+    parts = _http_url(value)
+    if parts.scheme == "http" and parts.hostname not in _LOOPBACK_HOSTS:
+        raise _Bad("an https:// URL (http:// only for this machine itself)")
+    if parts.query or parts.fragment:
+        raise _Bad("a URL without query and fragment")
+    return value.rstrip("/")
+
+
+def _provider_url(value: str) -> str:
+    _http_url(value)
+    return value.rstrip("/")
+
+
+def _http_url(value: str) -> Any:
+    try:
+        parts = urlsplit(value)
+        valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port)
+    except ValueError:
+        valid = False
+    if not valid or parts.username is not None:
+        raise _Bad("a full URL such as https://ai.example.com")
+    return parts
+
+
+def origin_of(url: str) -> str:
+    """`scheme://host[:port]` of a URL in lower case, without the scheme's own port. Raises ValueError for what has none."""
+    parts = urlsplit(url)
+    port = parts.port
+    if parts.scheme.lower() not in ("http", "https") or not parts.hostname:
+        raise ValueError("no http origin")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    default = 443 if parts.scheme.lower() == "https" else 80
+    return f"{parts.scheme.lower()}://{host}" + (f":{port}" if port not in (None, default) else "")
+
+
+def _origins(value: str) -> tuple[str, ...]:
+    origins = []
+    for item in filter(None, (part.strip() for part in value.split(","))):
+        try:
+            origin = origin_of(item)
+        except ValueError:
+            origin = ""
+        if not origin or urlsplit(item).path not in ("", "/") or "@" in item or "?" in item or "#" in item:
+            raise _Bad("origins separated by commas, each exact, such as https://chat.example.com (no *, no path)")
+        origins.append(origin)
+    return tuple(origins)
+
+
+def _schedule(value: str) -> tuple[float, ...]:
+    try:
+        delays = tuple(_seconds(0, 86_400)(part.strip()) for part in value.split(","))
+    except _Bad:
+        raise _Bad("seconds before each attempt separated by commas, each from 0 to 86400") from None
+    if len(delays) > 50:
+        raise _Bad("at most 50 attempts")
+    return delays
+
+
+def _redis_url(value: str) -> str:
+    if not value or value == "memory://":
+        return ""
+    if urlsplit(value).scheme not in ("redis", "rediss", "unix"):
+        raise _Bad("redis://, rediss:// or unix://, or memory:// for the embedded store")
+    return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """All settings, typed. Durations are seconds. Build it with `from_env`."""
+
+    jwt_secret: str = _setting(
+        _secret,
+        "",
+        "Signs what n8n sends us (HMAC) and the tokens in stream URLs. At least 32 random bytes. Required.",
+        secret=True,
+    )
+    jwt_secret_previous: str = _setting(
+        _secret,
+        "",
+        "The secret before this one: still accepted, never used to sign. Set it while you rotate.",
+        secret=True,
+    )
+    jwt_algorithm: str = _setting(
+        _choice("HS256", "HS384", "HS512"),
+        "HS256",
+        "The one algorithm accepted in n8n's tokens: HS256, HS384 or HS512.",
+    )
+    jwt_audience: str = _setting(_text, "", "If set, n8n's tokens must carry it as aud.")
+    jwt_issuer: str = _setting(_text, "", "If set, n8n's tokens must carry it as iss.")
+
+    base_url: str = _setting(
+        _base_url,
+        "",
+        "Where browsers reach the service, a path prefix allowed: https://ai.example.com/chat. Starts every streamUrl; never "
+        "taken from the Host header, since n8n calls us by another name than browsers do. Required, except in DEV_MODE "
+        "(http://127.0.0.1:PORT).",
+    )
+    host: str = _setting(_text, "127.0.0.1", "Address to listen on. In a container: 0.0.0.0.")
+    port: int = _setting(_whole(1, 65_535), "8000", "Port to listen on.")
+    web_concurrency: int = _setting(_whole(1, 256), "1", "Worker processes; one per core is right. More than 1 needs REDIS_URL.")
+    allowed_origins: tuple[str, ...] = _setting(
+        _origins,
+        "",
+        "Origins of the pages that may open a stream (CORS), exact, separated by commas. In DEV_MODE every port of localhost, "
+        "127.0.0.1 and [::1] is allowed as well.",
+    )
+    dev_mode: bool = _setting(
+        _flag,
+        "false",
+        "true: a demo page at /, the echo model, any resumeUrl, no required settings. Only on a loopback HOST.",
+    )
+
+    redis_url: str = _setting(
+        _redis_url,
+        "",
+        "redis://, rediss:// or unix://. Empty or memory://: an embedded store inside the one worker, for a first run and for "
+        "debugging; it forgets everything when the process ends.",
+        secret=True,
+    )
+
+    openai_api_key: str = _setting(_text, "", "Turns on the OpenAI models.", secret=True)
+    openai_base_url: str = _setting(_provider_url, OPENAI_URL, "Where the OpenAI SDK sends its requests.")
+    anthropic_api_key: str = _setting(_text, "", "Turns on the Anthropic models.", secret=True)
+    anthropic_base_url: str = _setting(_provider_url, ANTHROPIC_URL, "Where the Anthropic SDK sends its requests.")
+    default_model: str = _setting(
+        _text, "", "Model of an init that names none. Empty: gpt-4; in DEV_MODE without an OpenAI key: echo."
+    )
+    default_provider: str = _setting(
+        _choice("", "openai", "anthropic", "echo"),
+        "",
+        "openai or anthropic: takes the models whose name tells no provider. Empty: such a model is refused at init.",
+    )
+
+    resume_url_allowed_origins: tuple[str, ...] = _setting(
+        _origins,
+        "",
+        "Origins a resumeUrl may have, exact, separated by commas: http://n8n:5678,https://n8n.example.com. Required, except in "
+        "DEV_MODE, where empty allows every origin.",
+    )
+    callback_schedule: tuple[float, ...] = _setting(
+        _schedule,
+        "0,1,2,4,8,15,30,60,300,1800,7200,18000,36000",
+        "Seconds to wait before each attempt of a callback (varied by 20 %). After the last one it is a dead letter.",
+    )
+    callback_secret: bytes = _setting(
+        _webhook_secret,
+        "",
+        "Signs callbacks (Standard Webhooks): whsec_ and 24 to 64 bytes in base64. Empty: unsigned.",
+        secret=True,
+    )
+
+    session_ttl_seconds: float = _setting(
+        _seconds(1, 3_600), "60", "A session whose stream nobody opens within this time expires, and n8n is told so."
+    )
+    replay_seconds: float = _setting(
+        _seconds(1, 86_400),
+        "1800",
+        "How long after its delivery a finished answer can still be watched from the start.",
+    )
+    lease_seconds: float = _setting(
+        _seconds(1, 300), "15", "A worker silent for this long has lost its generations; another one ends them."
+    )
+    heartbeat_seconds: float = _setting(
+        _seconds(0.2, 60),
+        "15",
+        "A comment is sent on a stream silent for this long, so that no proxy in between closes it.",
+    )
+    max_stream_seconds: float = _setting(_seconds(1, 7_200), "600", "Longest generation; then it ends as failed.")
+    drain_seconds: float = _setting(
+        _seconds(0, 3_600),
+        "120",
+        "How long a stopping worker waits for its generations and callbacks. Keep your stop timeout larger.",
+    )
+
+    max_viewers_per_session: int = _setting(_whole(1, 100_000), "10", "Viewers of one session at the same time, on each worker.")
+    max_body_bytes: int = _setting(_whole(1_024, 16_777_216), "262144", "Largest request body, in bytes.")
+    max_prompt_chars: int = _setting(
+        _whole(1, 16_000_000), "200000", "Largest prompt, and largest sum of system and messages, in characters."
+    )
+    max_answer_bytes: int = _setting(
+        _whole(1_024, 2_097_152),
+        "2097152",
+        "Largest answer, in bytes of UTF-8. At its maximum of 2 MiB the callback stays below n8n's limit of 16 MiB even where "
+        "JSON writes a byte as six.",
+    )
+
+    log_level: str = _setting(_choice("debug", "info", "warning", "error"), "info", "debug, info, warning or error.")
+    log_format: str = _setting(
+        _choice("auto", "json", "console"), "auto", "json, console, or auto: JSON unless standard output is a terminal."
+    )
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> Config:
+        """The configuration that `environ` describes. An empty variable is an unset one.
+
+        Raises ConfigError that names every fault; the value of a secret is never in it.
+        """
+        values: dict[str, Any] = {}
+        faults: list[str] = []
+        for name, setting in settings().items():
+            raw = environ.get(name, "").strip() or setting.default
+            try:
+                values[name.lower()] = setting.parse(raw)
+            except _Bad as bad:
+                shown = "has a value that cannot be used" if setting.secret else f"is {raw!r}"
+                faults.append(f"{name} {shown}: expected {bad}")
+                values[name.lower()] = setting.parse("") if setting.secret else setting.parse(setting.default)
+        config = cls(**values)
+        named = {fault.split(" ", 1)[0] for fault in faults}
+        faults += [f"{name} {text}" for name, text in config._demands() if name not in named]
+        if faults:
+            raise ConfigError(faults)
+        return dataclasses.replace(
+            config,
+            base_url=config.base_url or f"http://127.0.0.1:{config.port}",
+            default_model=config.default_model or ("echo" if config.dev_mode and not config.openai_api_key else "gpt-4"),
+        )
+
+    def _demands(self) -> list[tuple[str, str]]:
+        """What the settings must fulfil together: (variable, what is wrong with it)."""
+        found: list[tuple[str, str]] = []
+        if not self.jwt_secret:
+            found.append(("JWT_SECRET", "is not set: expected at least 32 random bytes (make env writes a .env with one)"))
+        if self.web_concurrency > 1 and self.embedded_store:
+            found.append(
+                (
+                    "WEB_CONCURRENCY",
+                    f"is {self.web_concurrency}: expected 1, or REDIS_URL: workers cannot share the embedded store",
+                )
+            )
+        if self.dev_mode:
+            if self.host not in _LOOPBACK_HOSTS:
+                found.append(
+                    (
+                        "HOST",
+                        f"is {self.host!r}: expected 127.0.0.1, since DEV_MODE opens doors that no network may see",
+                    )
+                )
+            return found
+        if _PLACEHOLDERS.search(self.jwt_secret):
+            found.append(("JWT_SECRET", "is a placeholder: expected at least 32 random bytes"))
+        if not self.base_url:
+            found.append(("BASE_URL", "is not set: expected the address browsers use, such as https://ai.example.com"))
+        if not self.resume_url_allowed_origins:
+            found.append(("RESUME_URL_ALLOWED_ORIGINS", "is not set: expected n8n's origin, such as http://n8n:5678"))
+        if self.default_provider == "echo":
+            found.append(("DEFAULT_PROVIDER", "is 'echo': expected openai or anthropic, since echo exists in DEV_MODE only"))
+        return found
+
+    @property
+    def embedded_store(self) -> bool:
+        """Whether the store lives inside this process."""
+        return not self.redis_url
+
+    @property
+    def keep_seconds(self) -> int:
+        """How long Redis keeps what is still owed: a day, or 2.5 times the whole callback schedule."""
+        return int(max(86_400.0, 2.5 * sum(self.callback_schedule)))
+
+
+def settings() -> dict[str, Setting]:
+    """Every setting by its variable's name, in the order of the manual."""
+    return {field.name.upper(): field.metadata["setting"] for field in dataclasses.fields(Config)}
+
+
+_SECTIONS = {
+    "JWT_SECRET": "Tokens",
+    "BASE_URL": "Addresses and processes",
+    "REDIS_URL": "Store",
+    "OPENAI_API_KEY": "Providers",
+    "RESUME_URL_ALLOWED_ORIGINS": "Callbacks to n8n",
+    "SESSION_TTL_SECONDS": "Times, in seconds",
+    "MAX_VIEWERS_PER_SESSION": "Limits",
+    "LOG_LEVEL": "Logs",
+}
+
+
+def manual(values: Mapping[str, str] | None = None) -> str:
+    """The text of `.env.example`: every setting with purpose, unit and default; `values` are filled in."""
+    lines = [
+        "# aistream's configuration: the manual of every setting. `make env` writes a .env from it with random secrets.",
+        "# A variable of the environment wins over .env. Empty means unset. Lines after a # are the defaults.",
+    ]
+    for name, setting in settings().items():
+        if name in _SECTIONS:
+            lines += ["", f"# ---- {_SECTIONS[name]} ----"]
+        lines += ["", *textwrap.wrap(setting.doc, 118, initial_indent="# ", subsequent_indent="# ")]
+        if values and name in values:
+            lines.append(f"{name}={values[name]}")
+        else:
+            lines.append(f"{name}=" if not setting.default else f"#{name}={setting.default}")
+    return "\n".join(lines) + "\n"

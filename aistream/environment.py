@@ -1,0 +1,95 @@
+"""Where the settings come from: the process's environment, a `.env` file and, in DEV_MODE, a secret of this checkout.
+
+The only module that reads files for the configuration. `python -m aistream.environment` writes a `.env`.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import secrets
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from dotenv import dotenv_values
+
+from aistream.config import Config, manual
+
+#: The folder of `wsgi.py`, `.env` and `.env.example`.
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load(environ: Mapping[str, str] | None = None, root: Path | None = None) -> Config:
+    """The configuration of this process. A variable of the environment wins over `.env`.
+
+    In DEV_MODE without JWT_SECRET a random one is made once and kept in `.dev-secret`, so that `make run`, `flask run` and
+    `generate_token.py` agree on it. Raises ConfigError.
+    """
+    environ = os.environ if environ is None else environ
+    root = _root() if root is None else root
+    values = {name: value for name, value in dotenv_values(root / ".env").items() if value}
+    values |= {name: value for name, value in environ.items() if value.strip()}
+    if not values.get("JWT_SECRET") and values.get("DEV_MODE", "").strip().lower() in ("true", "1", "yes", "on"):
+        values["JWT_SECRET"] = _dev_secret(root / ".dev-secret")
+    return Config.from_env(values)
+
+
+def _root() -> Path:
+    # Installed as a package there is no checkout around it: then the folder it is started in.
+    return ROOT if (ROOT / "wsgi.py").exists() else Path.cwd()
+
+
+def _dev_secret(path: Path) -> str:
+    try:
+        secret = path.read_text().strip()
+        if len(secret) >= 64:
+            return secret
+        path.unlink()
+    except FileNotFoundError:
+        pass
+    except OSError:
+        return secrets.token_hex(32)
+    fresh = secrets.token_hex(32)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(fresh + "\n")
+        # link() refuses to replace: of two processes that start at once, both end up with the first one's secret.
+        os.link(partial, path)
+        return fresh
+    except FileExistsError:
+        return path.read_text().strip()
+    except OSError:
+        return fresh
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_env(path: Path) -> None:
+    """Writes a `.env` in which only the provider keys are missing. Raises FileExistsError rather than replace one."""
+    values = {
+        "JWT_SECRET": secrets.token_hex(32),
+        "CALLBACK_SECRET": "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode(),
+        "BASE_URL": "http://127.0.0.1:8000",
+        "RESUME_URL_ALLOWED_ORIGINS": "http://localhost:5678,http://127.0.0.1:5678,http://n8n:5678",
+        "ALLOWED_ORIGINS": "http://localhost:3000",
+    }
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(manual(values))
+
+
+def main() -> int:
+    """Writes `.env` beside `.env.example`; says what is left to fill in."""
+    path = _root() / ".env"
+    try:
+        write_env(path)
+    except FileExistsError:
+        print(f"{path} exists already: it is left as it is. Remove it first to have a new one.", file=sys.stderr)
+        return 1
+    print(f"wrote {path} with random secrets. Fill in OPENAI_API_KEY or ANTHROPIC_API_KEY (or both), then: gunicorn wsgi:app")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""Every error the service raises on purpose. Each knows its public code, and its HTTP status where it has one.
+
+    AistreamError
+    ├── ConfigError             the configuration is unusable: stops the start
+    ├── Problem                 answered to the caller as RFC 9457 problem+json
+    │   ├── InvalidRequest      400: names every faulty field
+    │   ├── Unauthorized        401: says what is wrong with the token
+    │   ├── NotFound            404
+    │   ├── Refused             a viewer's valid token, but no stream: expired, over, too many, away
+    │   └── StoreUnavailable    503: Redis is away
+    └── ProviderFailed          the model did not finish: becomes the session's `Failed` ending
+
+What a caller may know is in the error; what only the operator may know goes to the log where the error is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+
+class AistreamError(Exception):
+    """Root of the tree."""
+
+
+class ConfigError(AistreamError):
+    """The configuration is unusable. `faults` has one readable line per setting, each with variable, value and expectation."""
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("\n".join(["aistream cannot start with this configuration:", *(f"  - {f}" for f in faults)]))
+
+
+class Fault(NamedTuple):
+    """One faulty field of a request and what was expected of it."""
+
+    field: str
+    message: str
+
+
+class Problem(AistreamError):
+    """An answer that is not a success, told as RFC 9457 problem+json with a stable `code`."""
+
+    status = 500
+    code = "internal"
+    title = "Something went wrong on our side"
+
+    def __init__(
+        self,
+        detail: str,
+        *,
+        code: str | None = None,
+        status: int | None = None,
+        title: str | None = None,
+        faults: Sequence[Fault] = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.code = code or self.code
+        self.status = status or self.status
+        self.title = title or self.title
+        self.faults = tuple(faults)
+        self.headers = dict(headers or {})
+
+
+class InvalidRequest(Problem):
+    """The request's body cannot be used; `faults` names each field."""
+
+    status = 400
+    code = "invalid_request"
+    title = "The request is not valid"
+
+
+class Unauthorized(Problem):
+    """The token is missing or cannot be accepted; the code says which."""
+
+    status = 401
+    code = "token_invalid"
+    title = "The token was not accepted"
+
+    def __init__(self, detail: str, *, code: str) -> None:
+        # RFC 6750 3: a 401 names its scheme; `error` only where a token was given.
+        challenge = "Bearer" if code == "token_missing" else 'Bearer error="invalid_token"'
+        super().__init__(detail, code=code, headers={"WWW-Authenticate": challenge})
+
+
+class NotFound(Problem):
+    """There is no such thing, or it belongs to somebody else: the two are not told apart."""
+
+    status = 404
+    code = "not_found"
+    title = "Not found"
+
+
+class StoreUnavailable(Problem):
+    """Redis cannot be asked now. What is already running goes on without it."""
+
+    status = 503
+    code = "store_unavailable"
+    title = "The store is away"
+
+    def __init__(self, detail: str = "The service cannot reach its store now. Try again shortly.") -> None:
+        super().__init__(detail, headers={"Retry-After": "2"})
+
+
+class Refused(Problem):
+    """A viewer with a valid token gets no stream. `final` tells whether coming back can help.
+
+    `event_id` is the id of the session's ending, where it has one: a browser that comes back with it gets 204.
+    """
+
+    final: bool
+    event_id: str | None
+
+    def __init__(self, code: str, event_id: str | None = None) -> None:
+        self.status, self.final, detail = _REFUSALS[code]
+        self.event_id = event_id
+        headers = {} if self.final else {"Retry-After": "2"}
+        super().__init__(detail, code=code, title="There is no stream to watch", headers=headers)
+
+
+# code -> (status for a client that is no EventSource, final?, what the person is told)
+_REFUSALS: dict[str, tuple[int, bool, str]] = {
+    "replay_over": (410, True, "The answer is complete and no longer kept for replay."),
+    "too_many_viewers": (429, False, "This answer has as many viewers as it may have. Close one and try again."),
+    "store_unavailable": (503, False, "The service cannot reach its store now. Try again shortly."),
+    "session_lost": (410, True, "The session was lost together with the server that ran it."),
+}
+
+
+class ProviderFailed(AistreamError):
+    """The provider did not bring the answer to an end.
+
+    `code` and `message` are public and stable; `retryable` tells whether the same request may succeed later.
+    `log_detail` is for the operator's log only and holds no text of the provider (keys and organisation ids occur there).
+    """
+
+    def __init__(self, code: str, message: str, *, retryable: bool, log_detail: Mapping[str, object] | None = None) -> None:
+        super().__init__(code)
+        self.code = code
+        self.message = message
+        self.retryable = retryable
+        self.log_detail = dict(log_detail or {})

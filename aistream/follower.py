@@ -1,0 +1,102 @@
+"""The follower: one greenlet that fills the logs of sessions that this worker watches but does not generate.
+
+One XREAD over all followed logs, about every 25 ms while there are any. All viewers of a session share one log, read from
+the store once from its beginning.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import gevent
+from gevent.event import Event as Signal
+
+from aistream.config import Config
+from aistream.errors import StoreUnavailable
+from aistream.events import Cursor, Event, Failed
+from aistream.log import Log
+from aistream.store import Store
+from aistream.telemetry import log as lines
+
+#: Seconds between two reads.
+PERIOD = 0.025
+#: Seconds before a store that is away is tried again.
+AWAY = 0.25
+
+_LOST = Failed("session_lost", "The session was lost together with the server that ran it.", False)
+
+
+class _Followed:
+    __slots__ = ("heard_at", "log", "viewers")
+
+    def __init__(self, session_id: str) -> None:
+        self.log = Log(session_id)
+        self.viewers = 0
+        self.heard_at = time.monotonic()
+
+
+class Follower:
+    """Gives a viewer the log of a session that runs elsewhere or has ended."""
+
+    def __init__(self, store: Store, config: Config) -> None:
+        self._store = store
+        self._silence = config.lease_seconds
+        self._followed: dict[str, _Followed] = {}
+        self._signal = Signal()
+
+    @contextmanager
+    def follow(self, session_id: str) -> Iterator[Log]:
+        """The session's log, filled up to now, and further for as long as the context is open. Raises StoreUnavailable."""
+        followed = self._followed.get(session_id)
+        if followed is None:
+            followed = self._followed[session_id] = _Followed(session_id)
+        followed.viewers += 1
+        try:
+            if not len(followed.log):
+                # Several viewers may read it at the same time; only what follows on is taken, so that this is harmless.
+                self._take(followed, self._store.read({session_id: None}).get(session_id, []))
+            self._signal.set()
+            yield followed.log
+        finally:
+            followed.viewers -= 1
+            if not followed.viewers and self._followed.get(session_id) is followed:
+                del self._followed[session_id]
+
+    def run(self) -> None:
+        """The loop; never returns."""
+        while True:
+            self._signal.wait()
+            live = {session_id: one for session_id, one in self._followed.items() if not one.log.ended}
+            if not live:
+                self._signal.clear()
+                continue
+            pause = PERIOD
+            try:
+                found = self._store.read({session_id: one.log.last for session_id, one in live.items()})
+                for session_id, entries in found.items():
+                    self._take(live[session_id], entries)
+                self._end_the_lost(live)
+            except StoreUnavailable:
+                pause = AWAY
+            except Exception as error:  # the root of a loop
+                lines.error("follower.failed", error=error)
+            gevent.sleep(pause)
+
+    def _take(self, followed: _Followed, entries: list[tuple[Cursor, Event]]) -> None:
+        for cursor, event in entries:
+            if followed.log.follows(cursor):
+                followed.log.append(cursor, event)
+        if entries:
+            followed.heard_at = time.monotonic()
+
+    def _end_the_lost(self, live: dict[str, _Followed]) -> None:
+        """Ends the logs of sessions that are gone without an ending: nobody will ever write one."""
+        now = time.monotonic()
+        for session_id, one in live.items():
+            if now - one.heard_at > self._silence:
+                one.heard_at = now
+                if not self._store.exists(session_id):
+                    last = one.log.last
+                    one.log.append(Cursor(last.epoch, last.seq + 1) if last else Cursor(1, 0), _LOST)

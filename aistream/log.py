@@ -1,0 +1,110 @@
+"""A session's events in this process's memory: written once, read by any number of viewers.
+
+A generation writes its own; the follower fills one from Redis for a session that runs elsewhere or has ended. Frames are
+encoded once per mode, whoever reads them. Readers wait without polling and are woken together.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gevent.hub import Waiter, get_hub
+
+from aistream.events import Cursor, Ending, Event, Text, is_ending
+from aistream.sse import ENCODERS, Mode
+
+
+class Log:
+    """Events in the order of their cursors; `seq` is contiguous within an epoch. The last one is the ending."""
+
+    __slots__ = ("_bases", "_frames", "_waiters", "cursors", "dropped", "ended", "events", "session_id")
+
+    def __init__(self, session_id: str) -> None:
+        self.session_id = session_id
+        self.events: list[Event] = []
+        self.cursors: list[Cursor] = []
+        self.ended = False
+        #: The writer lost its lease: what stands here may not be what the session's log says. Readers turn to the store.
+        self.dropped = False
+        self._frames: dict[Mode, list[bytes]] = {}
+        self._bases: dict[int, int] = {}
+        self._waiters: list[Waiter[Any]] = []
+
+    def __len__(self) -> int:
+        return len(self.events)
+
+    @property
+    def last(self) -> Cursor | None:
+        """The cursor of the last event."""
+        return self.cursors[-1] if self.cursors else None
+
+    @property
+    def ending(self) -> Ending | None:
+        """The last event, where it is an ending."""
+        return self.events[-1] if self.ended else None  # type: ignore[return-value]  # `ended` says so
+
+    def append(self, cursor: Cursor, event: Event) -> None:
+        """Adds an event and wakes the readers. Without yielding."""
+        self._bases.setdefault(cursor.epoch, len(self.events) - cursor.seq)
+        self.events.append(event)
+        self.cursors.append(cursor)
+        if is_ending(event):
+            self.ended = True
+        self.wake()
+
+    def follows(self, cursor: Cursor) -> bool:
+        """Whether `cursor` may come next: the next seq of this epoch, or the first of a later one."""
+        last = self.last
+        if last is None or cursor.epoch > last.epoch:
+            return cursor.seq == 0
+        return cursor == (last.epoch, last.seq + 1)
+
+    def position(self, cursor: Cursor | None) -> int:
+        """Where a reader that has seen `cursor` goes on: an index into the events, perhaps one still to come.
+
+        A cursor of an epoch unknown here is no cursor. One beyond the last event of its epoch (a viewer may be ahead of
+        what a lost worker had stored) is never given anything up to itself again.
+        """
+        if cursor is None or cursor.epoch not in self._bases:
+            return 0
+        after = self._bases[cursor.epoch] + cursor.seq + 1
+        later = [base for epoch, base in self._bases.items() if epoch > cursor.epoch]
+        return min([after, *later])
+
+    def frames(self, mode: Mode, position: int) -> bytes:
+        """The wire form of all events from `position` on, in one piece."""
+        frames = self._frames.get(mode)
+        if frames is None:
+            frames = self._frames[mode] = []
+        if len(frames) < len(self.events):
+            encode = ENCODERS[mode]
+            for i in range(len(frames), len(self.events)):
+                frames.append(encode(self.cursors[i], self.events[i]))
+        return frames[position] if len(frames) - position == 1 else b"".join(frames[position:])
+
+    def answer(self) -> str:
+        """The text so far, exactly as the provider wrote it."""
+        return "".join([event.text for event in self.events if isinstance(event, Text)])
+
+    def add_waiter(self, waiter: Waiter[Any]) -> None:
+        """Registers a reader that is about to wait. It is woken once, by the next append."""
+        self._waiters.append(waiter)
+
+    def discard_waiter(self, waiter: Waiter[Any]) -> None:
+        """Forgets a reader that was woken by something else."""
+        if waiter in self._waiters:
+            self._waiters.remove(waiter)
+
+    def wake(self) -> None:
+        """Lets every waiting reader look again."""
+        if self._waiters:
+            waiters, self._waiters = self._waiters, []
+            run = get_hub().loop.run_callback
+            for waiter in waiters:
+                # In the hub, not here: the writer goes on first, so that one wake-up covers all it has.
+                run(waiter.switch, None)
+
+    def drop(self) -> None:
+        """Declares this copy void and sends its readers back to the store."""
+        self.dropped = True
+        self.wake()

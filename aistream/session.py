@@ -1,0 +1,148 @@
+"""A session: what init stores, the states it passes through, and how it ended. Pure values.
+
+pending ──first viewer──► running ──► completed | failed | cancelled
+   └──nobody came──► expired                       └── each ending owes n8n one callback
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+
+from aistream.events import Cursor, End, Ending, Failed, Usage
+
+#: The ending of a session that nobody came for.
+EXPIRED = Failed("expired", "Nobody opened the stream in time.", False)
+#: The ending of a generation whose worker was lost after viewers had seen text of it.
+WORKER_LOST = Failed("worker_lost", "The server that wrote this answer was lost.", True)
+
+
+class State(StrEnum):
+    """Where a session stands. The last four are its endings."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+
+def state_of(ending: Ending) -> State:
+    """The state that an ending event leaves its session in."""
+    if isinstance(ending, Failed):
+        return State.EXPIRED if ending.code == EXPIRED.code else State.FAILED
+    return State.CANCELLED if ending.finish_reason == "cancelled" else State.COMPLETED
+
+
+class Message(msgspec.Struct, frozen=True):
+    """One turn of a conversation. `role` is `user`, `assistant` or `system`."""
+
+    role: str
+    content: str
+
+
+class Request(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What an accepted init asked for: all that the generation and the callback need, and nothing of how it was asked.
+
+    `user_id`, `chat_id` and `metadata` are echoed in the JSON type they came in.
+    """
+
+    prompt: str
+    requested_model: str
+    model: str
+    provider: str
+    max_tokens: int
+    messages: tuple[Message, ...] = ()
+    system: str | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    stop: tuple[str, ...] = ()
+    user_id: Any = None
+    chat_id: Any = None
+    metadata: Any = None
+
+    def conversation(self) -> list[Message]:
+        """All turns in order; the prompt is the last."""
+        return [*self.messages, Message("user", self.prompt)]
+
+
+class Outcome(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How a generation ended, without its text. `*_ms` are milliseconds since the generation began."""
+
+    ending: End | Failed
+    model: str
+    usage: Usage
+    first_token_ms: int | None = None
+    duration_ms: int | None = None
+
+
+class Session(msgspec.Struct, frozen=True):
+    """An ended session as its callback needs it. Points in time are milliseconds since 1970 by Redis's clock."""
+
+    id: str
+    request: Request
+    resume_url: str
+    answer: str
+    outcome: Outcome
+    created_at: int
+    started_at: int | None
+    ended_at: int
+
+
+class Accepted(msgspec.Struct, frozen=True):
+    """A session that was just created. Both in milliseconds since 1970."""
+
+    created_at: int
+    deadline: int
+
+
+class Claimed(msgspec.Struct, frozen=True):
+    """The right to generate, until the lease lapses. `may_run` is false where an earlier epoch had already said something."""
+
+    epoch: int
+    request: Request
+    started_at: int
+    may_run: bool
+
+
+class Elsewhere(msgspec.Struct, frozen=True):
+    """The session is running; its events are in its log."""
+
+    worker: str
+
+
+class Ended(msgspec.Struct, frozen=True):
+    """The session is over. `ending_id` is the last event's id; `replayable` tells whether its log is still kept."""
+
+    state: State
+    ending_id: Cursor | None
+    replayable: bool
+
+
+class Missing(msgspec.Struct, frozen=True):
+    """The store knows no such session."""
+
+
+Claim = Claimed | Elsewhere | Ended | Missing
+
+
+class Finished(msgspec.Struct, frozen=True):
+    """The ending is committed under this id."""
+
+    ending_id: Cursor
+
+
+class Fenced(msgspec.Struct, frozen=True):
+    """The session belongs to another epoch by now: stop, and show nothing more."""
+
+
+class Short(msgspec.Struct, frozen=True):
+    """The log lacks events before the ending. `last_id` is the last it has."""
+
+    last_id: Cursor | None
+
+
+Finish = Finished | Fenced | Short | Missing

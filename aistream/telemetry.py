@@ -1,0 +1,77 @@
+"""Log lines by name: one line per finished thing, with ids, durations and counts.
+
+Never a prompt, an answer, a token or the query of a resumeUrl. JSON on standard output unless that is a terminal.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import MutableMapping
+from typing import Any, TextIO, cast
+
+import structlog
+
+from aistream.config import Config
+
+log: Any = structlog.get_logger("aistream")
+
+_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+def configure(config: Config) -> None:
+    """Sets up this process's log lines. May be called again, with another configuration."""
+    console = config.log_format == "console" or (config.log_format == "auto" and sys.stdout.isatty())
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            _exception_without_values,
+            structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[config.log_level]),
+        logger_factory=structlog.WriteLoggerFactory(file=cast(TextIO, _Stdout())),
+        cache_logger_on_first_use=False,
+    )
+    logging.getLogger("werkzeug").addFilter(_without_query)
+    # The HTTP client's own line holds whole URLs.
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.WARNING)
+
+
+class _Stdout:
+    """Whatever standard output is when a line is written: a test or a server may have put another in its place."""
+
+    def write(self, text: str) -> None:
+        sys.stdout.write(text)
+
+    def flush(self) -> None:
+        sys.stdout.flush()
+
+
+def _exception_without_values(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Where and what, never the message: an exception's text may quote a prompt, a URL or a key."""
+    error = event.pop("error", None)
+    if isinstance(error, BaseException):
+        frames = []
+        trace = error.__traceback__
+        while trace is not None:
+            code = trace.tb_frame.f_code
+            frames.append(f"{code.co_filename.rsplit('/', 1)[-1]}:{trace.tb_lineno} {code.co_name}")
+            trace = trace.tb_next
+        event["exception"] = type(error).__name__
+        event["trace"] = frames[-8:]
+    elif error is not None:
+        event["error"] = error
+    return event
+
+
+def _without_query(record: logging.LogRecord) -> bool:
+    """Werkzeug's line of a request, as `flask run` prints it, without the query: it holds the access token."""
+    if isinstance(record.args, tuple):
+        record.args = tuple(_QUERY.sub("", arg) if isinstance(arg, str) else arg for arg in record.args)
+    return True
+
+
+_QUERY = re.compile(r"\?[^\s\"]*")

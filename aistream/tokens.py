@@ -1,0 +1,125 @@
+"""The two kinds of token: n8n's, which may start a session, and a viewer's, which may watch one.
+
+No I/O. (PyJWT compares `exp` and `nbf` with the clock; nothing else here does.) The algorithm is pinned by configuration and
+never read from a token (RFC 8725 3.1). The kinds cannot pass for each other: a viewer's has its own `typ` and `aud`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jwt
+
+from aistream.config import Config
+from aistream.errors import Unauthorized
+
+VIEWER_TYPE = "aistream-viewer+jwt"
+VIEWER_AUDIENCE = "aistream-viewer"
+#: Seconds two clocks may differ.
+LEEWAY = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who an accepted n8n token speaks for. `subject` owns what it starts; a token without `sub` owns as ``""``."""
+
+    subject: str
+
+
+class Tokens:
+    """Signs and verifies with the configured secrets: the current one signs, the previous one still verifies."""
+
+    def __init__(self, config: Config) -> None:
+        self._secrets = [secret for secret in (config.jwt_secret, config.jwt_secret_previous) if secret]
+        self._algorithm = config.jwt_algorithm
+        self._audience = config.jwt_audience
+        self._issuer = config.jwt_issuer
+
+    def verify_caller(self, token: str | None) -> Caller:
+        """The caller that n8n's token names. Raises Unauthorized with a code that says what is wrong with it."""
+        claims = self._verify(token, audience=self._audience or None, issuer=self._issuer or None)
+        return Caller(subject=str(claims.get("sub", "")))
+
+    def sign_caller(self, subject: str, expires_at: int, audience: str = "", issuer: str = "") -> str:
+        """A token as n8n would sign it; `expires_at` in seconds since 1970. Missing audience and issuer: the configured ones."""
+        claims: dict[str, Any] = {"sub": subject, "exp": expires_at}
+        claims |= {"aud": audience or self._audience} if audience or self._audience else {}
+        claims |= {"iss": issuer or self._issuer} if issuer or self._issuer else {}
+        return jwt.encode(claims, self._secrets[0], self._algorithm)
+
+    def sign_viewer(self, session_id: str, expires_at: int) -> str:
+        """The token in a stream URL: good for watching this one session until `expires_at`."""
+        claims = {"sub": session_id, "aud": VIEWER_AUDIENCE, "exp": expires_at}
+        return jwt.encode(claims, self._secrets[0], "HS256", headers={"typ": VIEWER_TYPE})
+
+    def verify_viewer(self, token: str | None) -> str:
+        """The id of the session that a viewer's token is good for. Raises Unauthorized."""
+        return str(self._verify(token, audience=VIEWER_AUDIENCE, viewer=True)["sub"])
+
+    def _verify(
+        self, token: str | None, *, audience: str | None, issuer: str | None = None, viewer: bool = False
+    ) -> dict[str, Any]:
+        if not token:
+            where = "access_token in the URL" if viewer else "n8nToken in the body, or the header Authorization: Bearer"
+            raise Unauthorized(f"There is no token: expected {where}.", code="token_missing")
+        try:
+            header = jwt.get_unverified_header(token)
+            if (header.get("typ") == VIEWER_TYPE) is not viewer:
+                raise Unauthorized("This is a token for something else.", code="token_wrong_kind")
+            return self._decode(token, header, audience, issuer, "HS256" if viewer else self._algorithm)
+        except jwt.ExpiredSignatureError:
+            raise Unauthorized("The token has expired (exp lies in the past).", code="token_expired") from None
+        except jwt.MissingRequiredClaimError as error:
+            raise Unauthorized(_missing(token, error.claim), code="token_claim_missing") from None
+        except jwt.ImmatureSignatureError:
+            raise Unauthorized(
+                "The token is not valid yet (nbf or iat lies in the future).", code="token_not_yet_valid"
+            ) from None
+        except jwt.InvalidAudienceError:
+            raise Unauthorized("The token's aud is not the one configured as JWT_AUDIENCE.", code="token_audience") from None
+        except jwt.InvalidIssuerError:
+            raise Unauthorized("The token's iss is not the one configured as JWT_ISSUER.", code="token_issuer") from None
+        except jwt.InvalidSignatureError:
+            raise Unauthorized("The token's signature does not match JWT_SECRET.", code="token_signature") from None
+        except (jwt.PyJWTError, ValueError, RecursionError):
+            raise Unauthorized("The token is not a valid JWT.", code="token_malformed") from None
+
+    def _decode(
+        self, token: str, header: dict[str, Any], audience: str | None, issuer: str | None, algorithm: str
+    ) -> dict[str, Any]:
+        named = header.get("alg")
+        if str(named).lower() == "none":
+            raise Unauthorized(f"The token is unsigned (alg none): expected {algorithm}.", code="token_unsigned")
+        if named != algorithm:
+            known = str(named) if named in jwt.algorithms.get_default_algorithms() else "unknown to us"
+            raise Unauthorized(f"The token's algorithm is {known}: expected {algorithm}.", code="token_algorithm")
+        for secret in self._secrets:
+            try:
+                claims: dict[str, Any] = jwt.decode(
+                    token,
+                    secret,
+                    algorithms=[algorithm],
+                    audience=audience,
+                    issuer=issuer,
+                    leeway=LEEWAY,
+                    options={
+                        "require": ["exp", *(["aud"] if audience else []), *(["iss"] if issuer else [])],
+                        "verify_aud": audience is not None,
+                    },
+                )
+                return claims
+            except jwt.InvalidSignatureError:
+                continue
+        raise jwt.InvalidSignatureError
+
+
+def _missing(token: str, claim: str) -> str:
+    """What to do about a missing claim. n8n's JWT node with its own claim fields writes `expiresIn`, `audience`, `issuer`."""
+    wrong = {"exp": "expiresIn", "aud": "audience", "iss": "issuer", "sub": "subject"}.get(claim)
+    if wrong in jwt.decode(token, options={"verify_signature": False}):
+        return (
+            f"The token has {wrong} but no {claim}: n8n's JWT node writes {wrong} from its own claim fields. Turn on 'Use JSON "
+            "to Build Payload' and give the claims sub, iat and exp: Math.floor(Date.now() / 1000) + 300."
+        )
+    return f"The token has no {claim} claim."

@@ -1,0 +1,277 @@
+"""History, then live, to one viewer: from this process's memory where the generation runs here, else through the follower.
+
+Every refusal is decided before the first byte; after it, only events. A viewer's own trouble (slow, gone, too many) is
+nobody else's.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import time
+from collections.abc import Callable, Generator
+from typing import Any
+
+import gevent
+from gevent.hub import Waiter, get_hub
+
+from aistream.config import Config
+from aistream.errors import NotFound, Refused, StoreUnavailable
+from aistream.events import Cursor, Failed
+from aistream.follower import Follower
+from aistream.generation import Generation, Generations
+from aistream.log import Log
+from aistream.session import Ended, Missing
+from aistream.sse import HEARTBEAT, PREAMBLE, Mode, error_frame
+from aistream.telemetry import log as lines
+
+#: Seconds that a refusal which may pass is held back, with heartbeats: any status but 200 ends an EventSource for good.
+HOLD = 20.0
+#: Seconds between two tries while it is held.
+RETRY = 0.5
+
+
+class Viewer:
+    """One EventSource connection. `stream()` is its response body; `close()` may come at any time, more than once."""
+
+    def __init__(self, viewing: Viewing, session_id: str, cursor: Cursor | None, mode: Mode) -> None:
+        self.session_id = session_id
+        self.cursor = cursor
+        self.mode = mode
+        self.spoke_at = time.monotonic()
+        self.gone = False
+        self.opened = False
+        self._viewing = viewing
+        self._due = b""
+        self._waiter: Waiter[Any] | None = None
+        self._watcher: Any = None
+        self._began = time.monotonic()
+        self._bytes = 0
+        self._closed = False
+
+    def open(self) -> bool:
+        """Gets a place among the session's viewers and looks whether there is anything to see.
+
+        False: this viewer has seen the ending. Raises NotFound and Refused.
+        """
+        self._viewing.admit(self)
+        try:
+            source = self._viewing.source(self.session_id)
+        except BaseException:
+            self._viewing.release(self)
+            raise
+        ending_id = source.ending_id if isinstance(source, Ended) else source.last if source and source.ended else None
+        if ending_id is not None and self.cursor == ending_id:
+            self._viewing.release(self)
+            return False
+        if isinstance(source, Ended) and not source.replayable:
+            self._viewing.release(self)
+            raise Refused("replay_over", str(ending_id) if ending_id else None)
+        self.opened = True
+        return True
+
+    def stream(self) -> Generator[bytes, None, None]:
+        """The response's body: everything after the cursor, then what comes, up to the ending."""
+        try:
+            self.spoke_at = time.monotonic()
+            yield PREAMBLE
+            if not self.opened and not (yield from self._hold()):
+                return
+            while not self.gone:
+                source = self._viewing.source(self.session_id)
+                if isinstance(source, Log):
+                    done = yield from self._watch(source)
+                else:
+                    with self._viewing.follower.follow(self.session_id) as log:
+                        done = yield from self._watch(log)
+                if done:
+                    return
+        except (StoreUnavailable, NotFound, Refused):
+            # In mid-stream there is nothing to say: the browser comes back by itself, with its last id.
+            return
+        finally:
+            self.close()
+
+    def wake(self, due: bytes = b"") -> None:
+        """Lets it look again; `due` is sent if there is nothing else to send."""
+        if self._waiter is not None:
+            self._due = due
+            get_hub().loop.run_callback(self._waiter.switch, None)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it has sent everything and waits for more."""
+        return self._waiter is not None
+
+    def leave(self) -> None:
+        """Ends the response without an ending, as a broken line would."""
+        self.gone = True
+        self.wake()
+
+    def watch(self, sock: Any) -> None:
+        """Notices at once when the client closes its end of `sock`.
+
+        Neither gunicorn nor gevent tells: a silent stream would never notice, a busy one at the second write. A client that
+        only half-closes looks the same; no EventSource does that.
+        """
+        plain = getattr(sock, "_sock", sock)
+
+        def readable() -> None:
+            try:
+                closed = plain.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+            except OSError as error:
+                closed = error.errno not in (errno.EAGAIN, errno.EINTR)
+            if closed:
+                self.leave()
+            self._unwatch()  # more bytes from the client would only wake us again
+
+        self._watcher = get_hub().loop.io(sock.fileno(), 1)
+        self._watcher.start(readable)
+
+    def close(self) -> None:
+        """Gives its place back."""
+        if self._closed:
+            return
+        self._closed = True
+        self._unwatch()
+        self._viewing.release(self)
+        lines.info(
+            "viewer.left",
+            session=self.session_id,
+            mode=self.mode,
+            bytes=self._bytes,
+            gone=self.gone,
+            duration_ms=round((time.monotonic() - self._began) * 1000),
+        )
+
+    def _watch(self, log: Log) -> Generator[bytes, None, bool]:
+        """Sends what the log has after the cursor, then what comes. Gives False where the log turned out to be void."""
+        position = log.position(self.cursor)
+        while not self.gone:
+            count = len(log)
+            if log.dropped:
+                return False
+            if position >= count and log.ended:
+                # It has a cursor beyond what a lost worker had stored: what it still lacks is the ending.
+                position = count - 1 if position > count or self.cursor != log.last else count
+                if position == count:
+                    return True
+            if position < count:
+                frames = log.frames(self.mode, position)
+                position = count
+                self.cursor = log.last
+                if frames:
+                    self._bytes += len(frames)
+                    self.spoke_at = time.monotonic()
+                    yield frames
+            elif self._due:
+                due, self._due = self._due, b""
+                self.spoke_at = time.monotonic()
+                yield due
+            else:
+                self._wait(log)
+        return True
+
+    def _wait(self, log: Log) -> None:
+        waiter = self._waiter = Waiter()
+        log.add_waiter(waiter)
+        woken_by_log = False
+        try:
+            woken_by_log = waiter.get() is True
+        finally:
+            self._waiter = None
+            if not woken_by_log:
+                log.discard_waiter(waiter)
+
+    def _hold(self) -> Generator[bytes, None, bool]:
+        """Waits for a place or for the store, with heartbeats. True: open now. False: the last word is said."""
+        until = time.monotonic() + HOLD
+        refused: Refused | None = None
+        while time.monotonic() < until and not self.gone:
+            gevent.sleep(RETRY)
+            if time.monotonic() - self.spoke_at >= min(self._viewing.heartbeat, RETRY):
+                self.spoke_at = time.monotonic()
+                yield HEARTBEAT
+            try:
+                return self.open()
+            except NotFound:
+                refused = Refused("session_lost")
+            except Refused as error:
+                refused = error
+            if refused.final:
+                break
+        if refused is not None and not self.gone:
+            yield refusal_frame(refused, self.cursor, self.mode)
+        return False
+
+    def _unwatch(self) -> None:
+        if self._watcher is not None:
+            self._watcher.stop()
+            self._watcher.close()
+            self._watcher = None
+
+
+def refusal_frame(refused: Refused, cursor: Cursor | None, mode: Mode) -> bytes:
+    """The refusal as a browser can see it. Its id, where the code is final, brings 204 at the next try."""
+    event_id = refused.event_id or (str(cursor) if cursor else None)
+    return error_frame(Failed(refused.code, refused.detail, not refused.final), event_id, typed=mode == "json")
+
+
+class Viewing:
+    """The viewers of this worker."""
+
+    def __init__(self, config: Config, generations: Generations, follower: Follower) -> None:
+        self.heartbeat = config.heartbeat_seconds
+        self.follower = follower
+        self._generations = generations
+        self._limit = config.max_viewers_per_session
+        self._viewers: dict[str, set[Viewer]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._viewers.values()))
+
+    def viewers(self, session_id: str) -> list[Viewer]:
+        """The session's viewers on this worker."""
+        return list(self._viewers.get(session_id, ()))
+
+    def admit(self, viewer: Viewer) -> None:
+        """Gives a viewer its place. Raises Refused."""
+        viewers = self._viewers.setdefault(viewer.session_id, set())
+        if len(viewers) >= self._limit:
+            raise Refused("too_many_viewers")
+        viewers.add(viewer)
+
+    def release(self, viewer: Viewer) -> None:
+        """Takes a viewer's place back."""
+        viewers = self._viewers.get(viewer.session_id, set())
+        viewers.discard(viewer)
+        if not viewers:
+            self._viewers.pop(viewer.session_id, None)
+
+    def source(self, session_id: str) -> Log | Ended | None:
+        """Where the session's events are: a log here; ended; or None where they come through the store.
+
+        Starts the generation of a pending session. Raises NotFound and Refused.
+        """
+        try:
+            found = self._generations.claim(session_id)
+        except StoreUnavailable:
+            raise Refused("store_unavailable") from None
+        if isinstance(found, Missing):
+            raise NotFound("There is no such stream.")
+        if isinstance(found, Generation):
+            return found.log
+        return found if isinstance(found, Ended) else None
+
+    def beat(self, every: Callable[[], float]) -> None:
+        """The loop that sends a heartbeat on every stream that has been silent for long enough; never returns.
+
+        One greenlet for all of them: a timer for each viewer and each wait would cost more than the token it waits for.
+        """
+        while True:
+            gevent.sleep(every())
+            late = time.monotonic() - self.heartbeat
+            for viewers in list(self._viewers.values()):
+                for viewer in viewers:
+                    if viewer.waiting and viewer.spoke_at <= late:
+                        viewer.wake(HEARTBEAT)

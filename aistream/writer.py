@@ -1,0 +1,127 @@
+"""The log writer: one greenlet that stores the events of all of this process's generations, many at a time.
+
+Group commit: what comes in within one window goes to Redis in one round trip. What is not stored yet is a number, not a
+buffer: the log in memory has it. While Redis is away the number stays where it is and is tried again.
+"""
+
+from __future__ import annotations
+
+import gevent
+from gevent.event import Event as Signal
+from gevent.lock import BoundedSemaphore
+
+from aistream.errors import StoreUnavailable
+from aistream.events import Cursor, Event
+from aistream.log import Log
+from aistream.store import Store
+from aistream.telemetry import log as lines
+
+#: Seconds between two flushes: also the most that a killed worker can lose.
+WINDOW = 0.02
+#: Seconds before a store that is away is tried again.
+AWAY = 0.25
+#: Most events of one session in one round trip.
+BATCH = 500
+
+
+class Storing:
+    """How much of one generation's log is in the store."""
+
+    __slots__ = ("epoch", "log", "stored", "touched")
+
+    def __init__(self, log: Log, epoch: int, stored: int) -> None:
+        self.log = log
+        self.epoch = epoch
+        self.stored = stored
+        self.touched = False
+
+
+class LogWriter:
+    """Takes the hand-over of events (`touch`) and stores them soon, or at once (`flush`)."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._dirty: list[Storing] = []
+        self._signal = Signal()
+        # One pipeline at a time: a second one with the same entries would be refused as late.
+        self._writing = BoundedSemaphore()
+
+    def touch(self, storing: Storing) -> None:
+        """There are new events in the log: they are stored within a window. Without yielding."""
+        if not storing.touched:
+            storing.touched = True
+            if not self._dirty:
+                self._signal.set()
+            self._dirty.append(storing)
+
+    def run(self) -> None:
+        """The loop; never returns."""
+        while True:
+            self._signal.wait()
+            gevent.sleep(WINDOW)
+            dirty, self._dirty = self._dirty, []
+            self._signal.clear()
+            for storing in dirty:
+                storing.touched = False
+            try:
+                self._write(dirty)
+            except StoreUnavailable:
+                for storing in dirty:
+                    self.touch(storing)
+                gevent.sleep(AWAY)
+            except Exception as error:  # the root of a loop: one bad entry must not stop all logs
+                lines.error("log_writer.failed", error=error)
+
+    def flush(self, storing: Storing) -> None:
+        """Stores what this log has and the store has not, unless the log turns out to be void. Raises StoreUnavailable."""
+        while storing.stored < len(storing.log) and not storing.log.dropped:
+            self._write([storing])
+
+    def write_first(self, storing: Storing, cursor: Cursor, event: Event) -> bool:
+        """Stores a log's first event before the log has it, however long the store is away. False: the log is void."""
+        log = storing.log
+        while not log.dropped:
+            try:
+                (refusal,) = self._store.append([(log.session_id, cursor, event)])
+                if refusal is not None:
+                    self._judge(storing)
+                    # It may have arrived with an earlier try whose answer was lost.
+                    if self._store.last_id(log.session_id) != cursor:
+                        log.drop()
+                        return False
+                storing.stored = len(log) + 1
+                return True
+            except StoreUnavailable:
+                gevent.sleep(AWAY)
+        return False
+
+    def _write(self, many: list[Storing]) -> None:
+        with self._writing:
+            spans = [
+                (one, range(one.stored, min(len(one.log), one.stored + BATCH)))
+                for one in many
+                if not one.log.ended and not one.log.dropped
+            ]
+            batch = [(one.log.session_id, one.log.cursors[i], one.log.events[i]) for one, span in spans for i in span]
+            if not batch:
+                return
+            refusals = iter(self._store.append(batch))
+            for one, span in spans:
+                refused = [refusal for refusal, _ in zip(refusals, span, strict=False) if refusal is not None]
+                if refused:
+                    self._judge(one)
+                else:
+                    one.stored = span.stop
+                if one.stored < len(one.log):
+                    self.touch(one)
+
+    def _judge(self, storing: Storing) -> None:
+        """A refusal is a hint, `renew` is the judge: still ours means that an earlier sending had arrived unheard."""
+        log = storing.log
+        verdict = self._store.renew({log.session_id: storing.epoch})[log.session_id]
+        last = self._store.last_id(log.session_id) if verdict == "owner" else None
+        if last is None or last.epoch != storing.epoch:
+            lines.warning("log_writer.fenced", session=log.session_id, epoch=storing.epoch, verdict=verdict)
+            log.drop()
+        else:
+            storing.stored = min(log.position(last), len(log))

@@ -1,0 +1,54 @@
+"""gunicorn's settings, from the service's own configuration. Read by `gunicorn wsgi:app` in this folder by itself."""
+
+import sys
+
+from aistream.environment import load
+from aistream.errors import ConfigError
+
+try:
+    service = load()
+except ConfigError as error:
+    sys.exit(str(error))
+
+bind = f"[{service.host}]:{service.port}" if ":" in service.host else f"{service.host}:{service.port}"
+workers = service.web_concurrency
+worker_class = "gevent"
+# Bounds everything on a worker, health checks included, so it stands well above the streams a worker can carry.
+worker_connections = 20_000
+backlog = 4_096
+# A gevent worker's heartbeat only fails when its hub is blocked.
+timeout = 60
+keepalive = 75
+# Longer than the drain, which ends by itself: what gunicorn kills has said no last words.
+graceful_timeout = int(service.drain_seconds) + 15
+# The service writes its own lines, without query strings: those hold access tokens.
+accesslog = None
+loglevel = service.log_level
+# Heartbeat files on disk can block a worker for seconds.
+worker_tmp_dir = "/dev/shm"
+control_socket_disable = True
+
+
+def on_starting(server):
+    """Refuses what the configuration could not see: workers given on gunicorn's command line."""
+    if service.embedded_store and server.cfg.workers > 1:
+        sys.exit(f"aistream cannot start {server.cfg.workers} workers without REDIS_URL: they cannot share the embedded store")
+
+
+def when_ready(server):
+    """Says where it is and what it runs on."""
+    store = "embedded store (forgotten at exit; set REDIS_URL to keep sessions)" if service.embedded_store else "Redis"
+    address = service.base_url if service.dev_mode else f"{service.host}:{service.port}, for browsers {service.base_url}"
+    print(f"aistream is ready: {address}{'/' if service.dev_mode else ''}   [{store}]", file=sys.stderr, flush=True)
+
+
+def post_worker_init(worker):
+    """Starts the worker's loops: after fork and patch."""
+    worker.wsgi.extensions["aistream"].background.start()
+
+
+def worker_exit(server, worker):
+    """Lets what still runs here come to its end."""
+    app = getattr(worker, "wsgi", None)
+    if app is not None:
+        app.extensions["aistream"].background.drain()

@@ -1,0 +1,194 @@
+"""The real neighbours that tests run against, and the guards that nothing is left behind."""
+
+from gevent import monkey
+
+monkey.patch_all()
+
+import gc
+import os
+import shutil
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import gevent
+import pytest
+import redis
+
+from aistream.config import Config
+from aistream.store import Store
+from tests.neighbours.provider import ProviderServer
+from tests.neighbours.receiver import Receiver
+from tests.service import SECRET, Service
+
+UNDER_CI = os.environ.get("CI") == "true"
+
+
+def missing(what: str) -> None:
+    """A neighbour that is not on this machine: a failure under CI, one clear line elsewhere."""
+    message = f"{what} is not on this machine: `make test` installs it"
+    if UNDER_CI:
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A private Redis on a unix socket; gives its URL."""
+    program = shutil.which("redis-server") or shutil.which("valkey-server")
+    if program is None:
+        missing("redis-server")
+        return
+    folder = tmp_path_factory.mktemp("redis")
+    path = folder / "redis.sock"
+    command = [program, "--port", "0", "--unixsocket", str(path), "--save", "", "--maxmemory-policy", "noeviction"]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen([*command, "--dir", str(folder)], stdout=log, stderr=log)
+    try:
+        until = time.monotonic() + 10
+        while not path.exists():
+            assert process.poll() is None and time.monotonic() < until, (folder / "log").read_text()
+            time.sleep(0.02)
+        yield f"unix://{path}"
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+@pytest.fixture
+def redis_url(redis_server: str) -> Iterator[str]:
+    """The private Redis, empty; afterwards no key may be without a time to live."""
+    client = redis.Redis.from_url(redis_server)
+    client.flushall()
+    yield redis_server
+    try:
+        assert_every_key_expires(client)
+    finally:
+        client.close()
+
+
+def assert_every_key_expires(client: redis.Redis) -> None:
+    """The zsets are trimmed instead: a member is removed with its session."""
+    eternal = [key for key in client.scan_iter() if client.ttl(key) == -1 and client.type(key) != b"zset"]  # type: ignore[comparison-overlap, union-attr]
+    assert eternal == []
+
+
+@pytest.fixture(scope="session")
+def provider_process() -> Iterator[ProviderServer]:
+    """The process behind `provider`."""
+    with ProviderServer() as server:
+        yield server
+
+
+@pytest.fixture
+def provider(provider_process: ProviderServer) -> ProviderServer:
+    """OpenAI and Anthropic; it has forgotten earlier tests."""
+    provider_process.reset()
+    return provider_process
+
+
+@pytest.fixture
+def n8n() -> Iterator[Receiver]:
+    """The receiver of callbacks."""
+    with Receiver() as receiver:
+        yield receiver
+
+
+@pytest.fixture
+def config() -> Config:
+    """A DEV_MODE configuration on the embedded store."""
+    return make_config()
+
+
+def make_config(**environ: str) -> Config:
+    """A DEV_MODE configuration, with these variables on top."""
+    return Config.from_env({"DEV_MODE": "true", "JWT_SECRET": SECRET, **environ})
+
+
+@pytest.fixture(params=["embedded", "redis"])
+def store_url(request: pytest.FixtureRequest) -> str:
+    """Both stores, one after the other."""
+    return str(request.getfixturevalue("redis_url")) if request.param == "redis" else ""
+
+
+@pytest.fixture
+def make_store(store_url: str) -> Iterator[Callable[..., Store]]:
+    """Builds stores of several workers over one and the same Redis."""
+    stores: list[Store] = []
+
+    def make(worker: str = "worker-1", **environ: str) -> Store:
+        config = make_config(REDIS_URL=store_url, **environ)
+        shared = stores[0]._redis if stores and not store_url else None
+        stores.append(Store(config, worker=worker, client=shared))
+        return stores[-1]
+
+    yield make
+    if stores and not store_url:
+        assert_every_key_expires(stores[0]._redis)
+    for store in stores:
+        store.close()
+
+
+@pytest.fixture
+def start_service(tmp_path: Path) -> Iterator[Callable[..., Service]]:
+    """Starts gunicorn with these variables; each service ends with the test."""
+    services: list[Service] = []
+
+    def start(**environ: str) -> Service:
+        services.append(Service(tmp_path / f"service-{len(services)}.log", environ))
+        services[-1].start()
+        return services[-1]
+
+    yield start
+    for service in services:
+        service.stop()
+
+
+@pytest.fixture(scope="session")
+def shared_service(provider_process: ProviderServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The process behind `service`."""
+    environ = {**provider_process.environ, "MAX_VIEWERS_PER_SESSION": "1000"}
+    service = Service(tmp_path_factory.mktemp("service") / "log", environ)
+    service.start()
+    yield service
+    service.stop()
+
+
+@pytest.fixture
+def service(shared_service: Service, provider: ProviderServer) -> Service:
+    """A gunicorn in DEV_MODE on the embedded store, with both providers; shared by all tests that need no other."""
+    return shared_service
+
+
+@pytest.fixture
+def session_id() -> str:
+    """A fresh session's id."""
+    return str(uuid.uuid4())
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@pytest.fixture(autouse=True)
+def no_greenlet_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whatever a test starts in this process has ended when the test has."""
+    before = {id(one) for one in _greenlets()}
+    # Set up before the other fixtures, so that it is torn down after them; session fixtures may start what they keep.
+    yield
+    until = time.monotonic() + 2
+    while left := [one for one in _greenlets() if id(one) not in before]:
+        if time.monotonic() > until:
+            pytest.fail(f"greenlets left behind: {left}")
+        gevent.sleep(0.01)
+
+
+def _greenlets() -> list[gevent.Greenlet]:  # type: ignore[type-arg]  # of whatever signature
+    return [one for one in gc.get_objects() if isinstance(one, gevent.Greenlet) and not one.dead]

@@ -1,0 +1,160 @@
+"""The service as its users meet it: gunicorn as a child process, asked over HTTP."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import jwt
+from httpx_sse import EventSource
+
+ROOT = Path(__file__).resolve().parent.parent
+SECRET = "a-secret-of-the-tests-with-enough-bytes"
+
+
+class Event(NamedTuple):
+    """One server-sent event as httpx-sse decodes it."""
+
+    id: str
+    event: str
+    data: str
+
+
+def n8n_token(**claims: Any) -> str:
+    """A token as n8n signs it: valid for five minutes unless the claims say otherwise."""
+    return jwt.encode({"sub": "n8n", "exp": int(time.time()) + 300, **claims}, SECRET, "HS256")
+
+
+class Service:
+    """One gunicorn. `environ` on top of a DEV_MODE configuration; nothing else of this process's environment counts."""
+
+    def __init__(self, log: Path, environ: Mapping[str, str]) -> None:
+        self._log = log
+        self._environ = dict(environ)
+        self._process: subprocess.Popen[bytes] | None = None
+        self.port = int(environ.get("PORT", 0)) or _free_port()
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        """gunicorn's master."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def log(self) -> str:
+        """Everything it has printed."""
+        return self._log.read_text(errors="replace")
+
+    def lines(self, event: str) -> list[dict[str, Any]]:
+        """Its log lines of this name."""
+        parsed = [json.loads(line) for line in self.log.splitlines() if line.startswith("{")]
+        return [line for line in parsed if line["event"] == event]
+
+    def start(self) -> None:
+        """Starts it and waits until it answers."""
+        environ = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(self._log.parent),
+            "PYTHONUNBUFFERED": "1",
+            "DEV_MODE": "true",
+            "JWT_SECRET": SECRET,
+            "DRAIN_SECONDS": "5",
+            **self._environ,
+            "PORT": str(self.port),
+        }
+        with self._log.open("a") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "gunicorn", "wsgi:app"],
+                cwd=ROOT,
+                env={name: value for name, value in environ.items() if value},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        until = time.monotonic() + 30
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                    return
+            assert self._process.poll() is None and time.monotonic() < until, self.log
+            time.sleep(0.05)
+
+    def stop(self, sig: signal.Signals = signal.SIGTERM) -> None:
+        """Ends it; whatever it leaves is killed."""
+        if self._process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(sig)
+        try:
+            self._process.wait(15)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._process = None
+
+    def init(self, **body: Any) -> httpx.Response:
+        """POST /init-stream with a valid token, a prompt and a resumeUrl that nobody listens on, unless `body` has others."""
+        asked = {"n8nToken": n8n_token(), "resumeUrl": "http://127.0.0.1:9/none", "prompt": "Hello", **body}
+        return httpx.post(f"{self.url}/init-stream", json=asked, timeout=10)
+
+    def stream_url(self, **body: Any) -> str:
+        """The streamUrl of an accepted init."""
+        answer = self.init(**body)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["streamUrl"])
+
+    def watch(self, url: str, last_id: str | None = None, **headers: str) -> "contextlib.AbstractContextManager[Watch]":
+        """Opens a stream as an EventSource does."""
+        return watch(url, last_id, **headers)
+
+    def read(self, url: str, last_id: str | None = None) -> list[Event]:
+        """All events of a stream to its end."""
+        with self.watch(url, last_id) as events:
+            return list(events)
+
+
+class Watch:
+    """An open stream: iterate it for events."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        self.response = response
+        self._events = EventSource(response).iter_sse() if response.status_code == 200 else iter(())
+
+    def __iter__(self) -> Iterator[Event]:
+        return self
+
+    def __next__(self) -> Event:
+        event = next(self._events)
+        return Event(event.id, event.event, event.data)
+
+
+@contextlib.contextmanager
+def watch(url: str, last_id: str | None = None, **headers: str) -> Iterator[Watch]:
+    """A stream, opened with `Last-Event-ID` if given."""
+    asked = {"Accept": "text/event-stream", **headers, **({"Last-Event-ID": last_id} if last_id else {})}
+    with httpx.Client(timeout=30, trust_env=False, verify=False) as client, client.stream("GET", url, headers=asked) as response:
+        yield Watch(response)
+
+
+def text_of(events: list[Event]) -> str:
+    """The answer that text-mode events carry."""
+    return "".join(event.data for event in events if event.event == "message" and event.data != "[DONE]")
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
