@@ -34,8 +34,6 @@ def create_app(config: Config, *, store: Store | None = None) -> Flask:
     app = Flask("aistream", static_folder=None)
     app.extensions["aistream"] = Parts(config, store, providers, Tokens(config), viewing, background)
     api.init_app(app, config)
-    # gunicorn starts the loops itself, after fork; under `flask run` the first request does.
-    app.before_request(background.start)
     for bp in (init.bp, stream.bp, health.bp):
         app.register_blueprint(bp)
     if config.dev_mode:

@@ -248,7 +248,7 @@ class Generations:
             return generation
         asked = self._claiming.get(session_id)
         if asked is not None:
-            return cast(Generation | Elsewhere | Ended | Missing, asked.get())
+            return cast("Generation | Elsewhere | Ended | Missing", asked.get())
         asked = self._claiming[session_id] = AsyncResult()
         try:
             claim = self.store.claim(session_id)

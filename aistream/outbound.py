@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import ssl
 from collections.abc import Mapping
 from typing import Any
 
 import requests
 import urllib3
 from requests.adapters import HTTPAdapter
+from requests.structures import CaseInsensitiveDict
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.util.connection import create_connection
@@ -49,19 +51,18 @@ class Outbound:
     """Sends callbacks. Safe to use from many greenlets; connections are kept for the next one."""
 
     def __init__(self, pool_size: int) -> None:
-        self._session = requests.Session()
-        self._session.trust_env = False
         # Not blocking: whoever calls bounds the number of senders, and urllib3's blocking pool can deadlock (gevent#1957).
-        adapter = _Adapter(pool_connections=pool_size, pool_maxsize=pool_size, pool_block=False, max_retries=0)
-        for scheme in ("http://", "https://"):
-            self._session.mount(scheme, adapter)
+        self._adapter = _Adapter(pool_connections=pool_size, pool_maxsize=pool_size, pool_block=False, max_retries=0)
 
     def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> Answer:
         """POSTs and gives the answer, whatever its status. Raises SendFailed."""
+        # By the adapter itself: a requests.Session would follow redirects, take proxies and passwords from the environment,
+        # keep cookies and write the URL anew, all of which a callback must not have.
+        asked = requests.PreparedRequest()
+        asked.method, asked.url, asked.body = "POST", url, body
+        asked.headers = CaseInsensitiveDict({**headers, "Content-Length": str(len(body)), "Accept": "*/*"})
         try:
-            with self._session.post(
-                url, data=body, headers=dict(headers), timeout=TIMEOUT, allow_redirects=False, stream=True
-            ) as response:
+            with self._adapter.send(asked, stream=True, timeout=TIMEOUT) as response:
                 return Answer(
                     status=response.status_code,
                     content_type=response.headers.get("Content-Type", ""),
@@ -78,7 +79,7 @@ class Outbound:
 
     def close(self) -> None:
         """Closes the kept connections."""
-        self._session.close()
+        self._adapter.close()
 
 
 def _beginning(response: requests.Response) -> str:
@@ -109,6 +110,20 @@ def _what_broke(error: requests.RequestException) -> tuple[str, bool]:
 
 class _Checked(HTTPConnection):
     """urllib3's connection, which resolves the name and connects only to addresses that are allowed."""
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether a kept connection is still good: in one system call, where urllib3's poll() goes through gevent's hub."""
+        sock: Any = self.sock
+        if isinstance(sock, ssl.SSLSocket) or sock is None:
+            return super().is_connected
+        try:
+            sock._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False  # closed, or bytes that nobody asked for
 
     def _new_conn(self) -> socket.socket:
         try:

@@ -16,7 +16,7 @@ Foreign exceptions end here: whatever means "Redis is away" is StoreUnavailable.
 
 from __future__ import annotations
 
-import logging
+import hashlib
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,10 +25,9 @@ from typing import Any, Literal
 
 import msgspec
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from aistream.config import Config
+from aistream.connections import Connections, connect
 from aistream.errors import StoreUnavailable
 from aistream.events import Cursor, Ending, Event, Start, from_entry, to_entry
 from aistream.session import (
@@ -58,11 +57,20 @@ TOMBSTONE = 86_400
 DEAD_LETTER = 7 * 86_400
 #: Most due sessions looked at in one go.
 DUE = 1000
-#: Connections to Redis per worker. Commands take well under a millisecond; more greenlets than this take turns.
-POOL_SIZE = 50
 
-#: Answers with which a Redis that is up says that it cannot serve now.
-_AWAY = ("LOADING", "OOM", "READONLY", "MISCONF", "MASTERDOWN", "CLUSTERDOWN", "NOREPLICAS", "TRYAGAIN")
+#: With these a Redis that is up says that it cannot serve now. redis-py names some; the others are told by their first word.
+_AWAY_ERRORS = (
+    redis.ConnectionError,
+    redis.TimeoutError,
+    redis.ReadOnlyError,
+    redis.OutOfMemoryError,
+    redis.exceptions.MasterDownError,
+    redis.exceptions.ClusterDownError,
+    redis.exceptions.TryAgainError,
+)
+_AWAY_WORDS = ("LOADING", "OOM", "READONLY", "MISCONF", "MASTERDOWN", "NOREPLICAS")
+
+_SCRIPTS = ("create", "claim", "renew", "finish", "due", "take_callback", "settle")
 
 _json = msgspec.json.Encoder().encode
 _request = msgspec.json.Decoder(Request)
@@ -87,21 +95,17 @@ class AppendRefused(Exception):
 class Store:
     """The sessions, in one Redis. Safe to use from many greenlets. Every method may raise StoreUnavailable."""
 
-    def __init__(self, config: Config, *, client: redis.Redis | None = None, worker: str | None = None) -> None:
+    def __init__(self, config: Config, *, connections: Connections | None = None, worker: str | None = None) -> None:
         """`worker` is this process's name in the store; by default a random one."""
         self.worker = worker or uuid.uuid4().hex
         self._config = config
-        self._redis = client or connect(config)
+        self.connections = connections or connect(config)
         prelude = _source("prelude")
-        self._scripts = {
-            name: self._redis.register_script(prelude + _source(name))
-            for name in ("create", "claim", "renew", "finish", "due", "take_callback", "settle")
-        }
+        self._scripts = {name: _Script(prelude + _source(name)) for name in _SCRIPTS}
 
     def ping(self) -> None:
         """Returns when Redis answers."""
-        with _translated():
-            self._redis.ping()
+        self._call("PING")
 
     def create(self, session_id: str, subject: str, request: Request, resume_url: str) -> Accepted:
         """A new pending session. Idempotent by id."""
@@ -163,12 +167,12 @@ class Store:
 
         NOMKSTREAM: a log that is gone is not begun anew by a late entry.
         """
-        pipeline = self._redis.pipeline(transaction=False)
+        commands = []
         for session_id, cursor, event in batch:
             name, value = to_entry(event)
-            pipeline.xadd(_log(session_id), {name: value}, id=str(cursor), nomkstream=True)
+            commands.append(("XADD", _log(session_id), "NOMKSTREAM", str(cursor), name, value))
         with _translated():
-            answers = pipeline.execute(raise_on_error=False)
+            answers = self.connections.many(commands)
         results: list[AppendRefused | None] = []
         for answer in answers:
             if isinstance(answer, redis.RedisError):
@@ -181,17 +185,15 @@ class Store:
 
     def last_id(self, session_id: str) -> Cursor | None:
         """The id of the log's last entry, or None where there is no log."""
-        with _translated():
-            entries: Any = self._redis.xrevrange(_log(session_id), count=1)
+        entries = self._call("XREVRANGE", _log(session_id), "+", "-", "COUNT", 1)
         return Cursor.parse(entries[0][0].decode()) if entries else None
 
     def read(self, positions: Mapping[str, Cursor | None]) -> dict[str, list[tuple[Cursor, Event]]]:
         """What the logs hold after the given ids (None: from the beginning), of many sessions in one round trip."""
         if not positions:
             return {}
-        streams: dict[Any, Any] = {_log(session_id): str(after or "0-0") for session_id, after in positions.items()}
-        with _translated():
-            answer: Any = self._redis.xread(streams)
+        after = [str(cursor or "0-0") for cursor in positions.values()]
+        answer = self._call("XREAD", "STREAMS", *map(_log, positions), *after) or []
         prefix = len(_log(""))
         found: dict[str, list[tuple[Cursor, Event]]] = {}
         for key, entries in answer:
@@ -200,8 +202,7 @@ class Store:
 
     def exists(self, session_id: str) -> bool:
         """Whether the store knows the session."""
-        with _translated():
-            return bool(self._redis.exists(_session(session_id)))
+        return bool(self._call("EXISTS", _session(session_id)))
 
     def finish(self, session_id: str, epoch: int, seq: int, ending: Ending, answer: str, outcome: Outcome) -> Finish:
         """Ends the session with `ending` as event `<epoch>-<seq>`, and owes its callback. Idempotent.
@@ -236,8 +237,7 @@ class Store:
 
     def request(self, session_id: str) -> Request | None:
         """What a session asked for, or None where that is no longer kept."""
-        with _translated():
-            raw: Any = self._redis.hget(_content(session_id), "request")
+        raw = self._call("HGET", _content(session_id), "request")
         return _request.decode(raw) if raw else None
 
     def due(self, *, callbacks: int) -> list[tuple[str, State]]:
@@ -299,47 +299,36 @@ class Store:
 
     def keep_demo_callback(self, key: str, value: bytes) -> None:
         """Keeps what the demo page's own receiver got, for ten minutes."""
-        with _translated():
-            self._redis.set(PREFIX + "demo:" + key, value, ex=600)
+        self._call("SET", PREFIX + "demo:" + key, value, "EX", 600)
 
     def demo_callback(self, key: str) -> bytes | None:
         """What the demo page's receiver got under `key`, if anything."""
-        with _translated():
-            value: Any = self._redis.get(PREFIX + "demo:" + key)
-        return value if value is None else bytes(value)
+        value: bytes | None = self._call("GET", PREFIX + "demo:" + key)
+        return value
 
     def close(self) -> None:
         """Closes the connections."""
-        self._redis.close()
+        self.connections.close()
 
     def _run(self, name: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
+        script = self._scripts[name]
         with _translated():
-            return self._scripts[name](keys=keys, args=args)
+            try:
+                return self.connections.call("EVALSHA", script.sha, len(keys), *keys, *args)
+            except redis.exceptions.NoScriptError:
+                return self.connections.call("EVAL", script.text, len(keys), *keys, *args)
+
+    def _call(self, *command: str | bytes | int | float) -> Any:
+        with _translated():
+            return self.connections.call(*command)
 
 
-def connect(config: Config) -> redis.Redis:
-    """A client for the configured Redis, or for a new embedded store.
+class _Script:
+    __slots__ = ("sha", "text")
 
-    No automatic retries: a re-sent append is refused by Redis as a late one, and the scripts' callers know best when to say
-    something again. protocol=2: XREAD's answer has another shape under RESP3.
-    """
-    if config.embedded_store:
-        import fakeredis  # only where it is used: it is as large as the rest of the store together
-
-        # Its own warnings about what it leaves out mean nothing for the commands above.
-        logging.getLogger("fakeredis").setLevel(logging.ERROR)
-        return fakeredis.FakeRedis(server=fakeredis.FakeServer(version=(7, 4)), protocol=2)
-    pool = redis.BlockingConnectionPool.from_url(
-        config.redis_url,
-        max_connections=POOL_SIZE,
-        timeout=5,
-        protocol=2,
-        retry=Retry(NoBackoff(), 0),
-        socket_timeout=5,
-        socket_connect_timeout=2,
-        socket_keepalive=True,
-    )
-    return redis.Redis(connection_pool=pool)
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 
 def _source(name: str) -> str:
@@ -376,8 +365,8 @@ def _cursor(entry_id: bytes) -> Cursor:
     return Cursor(int(epoch), int(seq))
 
 
-def _event(fields: Mapping[bytes, bytes]) -> Event:
-    ((name, value),) = fields.items()
+def _event(fields: Sequence[bytes]) -> Event:
+    name, value = fields
     return from_entry(name, value)
 
 
@@ -386,9 +375,7 @@ def _pairs(flat: Sequence[bytes]) -> dict[str, bytes]:
 
 
 def _means_away(error: redis.RedisError) -> bool:
-    if isinstance(error, (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError, redis.OutOfMemoryError)):
-        return True
-    return str(error).startswith(_AWAY)
+    return isinstance(error, _AWAY_ERRORS) or str(error).startswith(_AWAY_WORDS)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import sys
 from collections.abc import MutableMapping
 from typing import Any, TextIO, cast
 
+import msgspec
 import structlog
 
 from aistream.config import Config
@@ -28,7 +29,7 @@ def configure(config: Config) -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             _exception_without_values,
-            structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer(),
+            structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer(serializer=_json),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[config.log_level]),
         logger_factory=structlog.WriteLoggerFactory(file=cast(TextIO, _Stdout())),
@@ -38,6 +39,10 @@ def configure(config: Config) -> None:
     # The HTTP client's own line holds whole URLs.
     logging.getLogger("httpx2").setLevel(logging.WARNING)
     logging.getLogger("urllib3").setLevel(logging.WARNING)
+
+
+def _json(event: Any, **_: Any) -> str:
+    return msgspec.json.encode(event, enc_hook=str).decode()
 
 
 class _Stdout:

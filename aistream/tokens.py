@@ -63,11 +63,15 @@ class Tokens:
         if not token:
             where = "access_token in the URL" if viewer else "n8nToken in the body, or the header Authorization: Bearer"
             raise Unauthorized(f"There is no token: expected {where}.", code="token_missing")
+        algorithm = "HS256" if viewer else self._algorithm
         try:
-            header = jwt.get_unverified_header(token)
-            if (header.get("typ") == VIEWER_TYPE) is not viewer:
+            decoded = self._decode(token, audience, issuer, algorithm)
+            if (decoded["header"].get("typ") == VIEWER_TYPE) is not viewer:
                 raise Unauthorized("This is a token for something else.", code="token_wrong_kind")
-            return self._decode(token, header, audience, issuer, "HS256" if viewer else self._algorithm)
+            claims: dict[str, Any] = decoded["payload"]
+            return claims
+        except jwt.InvalidAlgorithmError:
+            raise _wrong_algorithm(token, algorithm) from None
         except jwt.ExpiredSignatureError:
             raise Unauthorized("The token has expired (exp lies in the past).", code="token_expired") from None
         except jwt.MissingRequiredClaimError as error:
@@ -85,33 +89,30 @@ class Tokens:
         except (jwt.PyJWTError, ValueError, RecursionError):
             raise Unauthorized("The token is not a valid JWT.", code="token_malformed") from None
 
-    def _decode(
-        self, token: str, header: dict[str, Any], audience: str | None, issuer: str | None, algorithm: str
-    ) -> dict[str, Any]:
-        named = header.get("alg")
-        if str(named).lower() == "none":
-            raise Unauthorized(f"The token is unsigned (alg none): expected {algorithm}.", code="token_unsigned")
-        if named != algorithm:
-            known = str(named) if named in jwt.algorithms.get_default_algorithms() else "unknown to us"
-            raise Unauthorized(f"The token's algorithm is {known}: expected {algorithm}.", code="token_algorithm")
+    def _decode(self, token: str, audience: str | None, issuer: str | None, algorithm: str) -> dict[str, Any]:
+        required = ["exp", *(["aud"] if audience else []), *(["iss"] if issuer else [])]
         for secret in self._secrets:
             try:
-                claims: dict[str, Any] = jwt.decode(
+                return jwt.decode_complete(
                     token,
                     secret,
                     algorithms=[algorithm],
                     audience=audience,
                     issuer=issuer,
                     leeway=LEEWAY,
-                    options={
-                        "require": ["exp", *(["aud"] if audience else []), *(["iss"] if issuer else [])],
-                        "verify_aud": audience is not None,
-                    },
+                    options={"require": required, "verify_aud": audience is not None},
                 )
-                return claims
             except jwt.InvalidSignatureError:
                 continue
         raise jwt.InvalidSignatureError
+
+
+def _wrong_algorithm(token: str, expected: str) -> Unauthorized:
+    named = jwt.get_unverified_header(token).get("alg")
+    if str(named).lower() == "none":
+        return Unauthorized(f"The token is unsigned (alg none): expected {expected}.", code="token_unsigned")
+    known = str(named) if named in jwt.algorithms.get_default_algorithms() else "unknown to us"
+    return Unauthorized(f"The token's algorithm is {known}: expected {expected}.", code="token_algorithm")
 
 
 def _missing(token: str, claim: str) -> str:

@@ -87,14 +87,16 @@ def init_app(app: Flask, config: Config) -> None:
         methods=["GET", "POST"],
         max_age=600,
     )
-    app.before_request(_name_request)
+    app.before_request(_begin)
     app.after_request(_finish_headers)
     app.register_error_handler(Problem, problem)
     app.register_error_handler(HTTPException, _http_error)
     app.register_error_handler(Exception, _unexpected)
 
 
-def _name_request() -> None:
+def _begin() -> None:
+    # gunicorn starts the loops itself, after fork; under `flask run` the first request does.
+    parts().background.start()
     given = request.headers.get("X-Request-ID", "")
     g.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 

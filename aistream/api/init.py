@@ -78,7 +78,7 @@ def init_stream() -> Response:
     """Creates a session and answers with its stream's address."""
     body = read_body(request.get_data(cache=False))
     # Who asks is settled before what is asked: the faults of a body are told to callers only.
-    caller = parts().tokens.verify_caller(bearer() or token_in(body))
+    caller = parts().tokens.verify_caller(_token(body))
     return json_response(accept(body, caller))
 
 
@@ -104,10 +104,16 @@ def read_body(raw: bytes) -> dict[str, Any]:
     return body
 
 
-def token_in(body: dict[str, Any]) -> str | None:
-    """`n8nToken`, if it is text; anything else is named with the other faults once the caller is known."""
-    token = body.get("n8nToken")
-    return token if isinstance(token, str) else None
+def _token(body: dict[str, Any]) -> str | None:
+    """The header's token if there is one, else the body's.
+
+    A header that holds no JWT (a key for a proxy on the way, say) does not hide the body's token. A `n8nToken` that is no
+    text is no token.
+    """
+    header, inside = bearer(), body.get("n8nToken")
+    if header is not None and (header.count(".") == 2 or inside is None):
+        return header
+    return inside if isinstance(inside, str) else None
 
 
 def accept(body: dict[str, Any], caller: Caller) -> dict[str, Any]:

@@ -75,7 +75,11 @@ class AnthropicProvider:
         """See `Provider.stream`."""
         with wire.translated(anthropic.APIStatusError, anthropic.APIConnectionError, anthropic.APITimeoutError):
             create = self._client.messages.with_streaming_response.create
-            with create(**_parameters(request)) as response:
+            # As for OpenAI: typed parameters are walked by their annotations, extra_body is merged as it is.
+            body = _parameters(request)
+            with create(
+                model=request.model, max_tokens=request.max_tokens, messages=[], stream=True, extra_body=body
+            ) as response:
                 yield from _events(response.iter_bytes(), model)
 
 

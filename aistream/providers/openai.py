@@ -82,7 +82,9 @@ class OpenAIProvider:
         """See `Provider.stream`."""
         with wire.translated(openai.APIStatusError, openai.APIConnectionError, openai.APITimeoutError):
             create = self._client.chat.completions.with_streaming_response.create
-            with create(**self._parameters(request)) as response:
+            # All in extra_body, which is merged over the rest: the SDK walks typed parameters by their annotations, for a
+            # quarter of a request's CPU.
+            with create(model=request.model, messages=[], stream=True, extra_body=self._parameters(request)) as response:
                 yield from _events(response.iter_bytes(), model)
 
     def _parameters(self, request: Request) -> dict[str, Any]:
