@@ -30,7 +30,7 @@ def test_an_answer_is_streamed_and_then_delivered_to_n8n(service: Service, n8n: 
 def test_a_hundred_first_connects_start_one_generation_and_all_get_the_whole_text(
     service: Service, provider: ProviderServer, n8n: Receiver
 ) -> None:
-    model = "gpt-test-long-n100-d5-ihundred"
+    model = "gpt-test-long-n100-d5-i1"
     url = service.stream_url(model=model, resumeUrl=n8n.url())
 
     answers = Pool(100).map(lambda _: text_of(service.read(url)), range(100))

@@ -12,10 +12,8 @@ from typing import NamedTuple
 
 from aistream.config import Config
 from aistream.errors import Fault, InvalidRequest
-from aistream.providers.anthropic import AnthropicProvider
 from aistream.providers.base import Provider
 from aistream.providers.echo import EchoProvider
-from aistream.providers.openai import OpenAIProvider
 
 #: Which names belong to whom, where no prefix says so. Matched without regard to case.
 _PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -46,9 +44,14 @@ class Providers:
     def __init__(self, config: Config) -> None:
         self._default = config.default_provider
         self._providers: dict[str, Provider] = {}
+        # An SDK is imported only where it is configured: the two take seconds to load and 60 MB to hold.
         if config.openai_api_key:
+            from aistream.providers.openai import OpenAIProvider
+
             self._providers["openai"] = OpenAIProvider(config)
         if config.anthropic_api_key:
+            from aistream.providers.anthropic import AnthropicProvider
+
             self._providers["anthropic"] = AnthropicProvider(config)
         if config.dev_mode:
             self._providers["echo"] = EchoProvider()

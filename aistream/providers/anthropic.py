@@ -42,6 +42,7 @@ class _Event(msgspec.Struct):
     message: _Message | None = None
     delta: _Delta | None = None
     usage: _Usage | None = None
+    error: Any = None
 
 
 _event = msgspec.json.Decoder(_Event)
@@ -122,7 +123,7 @@ def _events(chunks: Iterator[bytes], model: Model) -> Iterator[Text | Reasoning 
                     stopped = True
                 case "error":
                     yield from said(text, reasoning)
-                    raise wire.error_event(msgspec.json.decode(server_event.data))
+                    raise wire.error_event(event.error)
         yield from said(text, reasoning)
     if not stopped:
         raise wire.truncated()

@@ -47,7 +47,7 @@ class _Chunk(msgspec.Struct):
     choices: list[_Choice] = []
     model: str | None = None
     usage: _Usage | None = None
-    error: msgspec.Raw | None = None
+    error: Any = None
 
 
 _chunk = msgspec.json.Decoder(_Chunk)
@@ -110,9 +110,9 @@ def _events(chunks: Iterator[bytes], model: Model) -> Iterator[Text | Reasoning 
             if event.data == b"[DONE]":
                 continue  # not every compatible server sends it: the finish reason is the mark of an end
             chunk = wire.decode(event.data, _chunk)
-            if chunk.error is not None and chunk.error != b"null":
+            if chunk.error is not None:
                 yield from said(text, reasoning)
-                raise wire.error_event(msgspec.json.decode(event.data))
+                raise wire.error_event(chunk.error)
             if chunk.model:
                 model.name = chunk.model
             usage = chunk.usage or usage

@@ -126,9 +126,8 @@ def failure(kind: int | str, *, detail: dict[str, object]) -> ProviderFailed:
     return ProviderFailed(code, message, retryable=retryable, log_detail=detail)
 
 
-def error_event(body: Any) -> ProviderFailed:
+def error_event(error: Any) -> ProviderFailed:
     """The failure that an error object in the stream tells of. It comes under status 200, so only its type counts."""
-    error = body.get("error") if isinstance(body, dict) else None
     error = error if isinstance(error, dict) else {}
     kinds = [value for value in (error.get("code"), error.get("type")) if isinstance(value, str)]
     kind = next((kind for kind in kinds if kind in _FAILURES), "")

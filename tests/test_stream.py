@@ -1,0 +1,296 @@
+"""GET /stream/<id>: who may watch, what a viewer gets, and what it is told when there is nothing to watch."""
+
+import time
+from collections.abc import Callable
+
+import gevent
+import httpx
+import jwt
+import pytest
+
+from tests.neighbours.provider import ProviderServer
+from tests.neighbours.receiver import HANG, Receiver
+from tests.service import SECRET, Event, Service, text_of, watch
+
+StartService = Callable[..., Service]
+EVENT_STREAM = {"Accept": "text/event-stream"}
+
+
+def sse(url: str, last_id: str | None = None) -> bytes:
+    """The raw bytes of a whole stream."""
+    headers = {**EVENT_STREAM, **({"Last-Event-ID": last_id} if last_id else {})}
+    return httpx.get(url, headers=headers, timeout=30).content
+
+
+def test_text_mode_is_what_a_plain_eventsource_needs(service: Service) -> None:
+    url = service.stream_url(model="echo", prompt="one two")
+
+    answer = httpx.get(url, headers=EVENT_STREAM)
+
+    assert answer.content == b"retry: 2000\nid: 1-1\ndata: one \n\nid: 1-2\ndata: two\n\nid: 1-4\ndata: [DONE]\n\n"
+    assert answer.headers["Content-Type"] == "text/event-stream; charset=utf-8"
+    assert answer.headers["Cache-Control"] == "no-store, no-transform"
+    assert answer.headers["X-Accel-Buffering"] == "no"
+    assert answer.headers["Referrer-Policy"] == "no-referrer"
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_json_mode_says_everything_as_objects(service: Service) -> None:
+    url = service.stream_url(model="echo", prompt="one", format="json")
+
+    body = sse(url).decode()
+
+    session = url.split("/stream/")[1].split("?")[0]
+    assert "format=json" in url
+    assert body == (
+        "retry: 2000\n"
+        f'id: 1-0\ndata: {{"type":"start","streamId":"{session}","model":"echo","provider":"echo"}}\n\n'
+        'id: 1-1\ndata: {"type":"text","text":"one"}\n\n'
+        'id: 1-2\ndata: {"type":"usage","input_tokens":1,"output_tokens":1,"cached_input_tokens":0,"reasoning_tokens":0,'
+        '"source":"provider"}\n\n'
+        'data: {"type":"end","finish_reason":"stop"}\n\n'
+        "id: 1-3\ndata: [DONE]\n\n"
+    )
+
+
+def test_reasoning_is_shown_in_json_mode_and_is_never_part_of_the_answer(service: Service, n8n: Receiver) -> None:
+    url = service.stream_url(model="gpt-test-reasoning", resumeUrl=n8n.url())
+
+    events = service.read(url + "&format=json")
+
+    (callback,) = n8n.wait_for(1)
+    said = [event.data for event in events if '"reasoning"' in event.data]
+    assert said
+    assert callback.json["answer"] and callback.json["answer"] == text_of(service.read(url))
+
+
+@pytest.mark.parametrize("by", ["header", "query"])
+def test_a_viewer_goes_on_after_the_last_id_it_has(service: Service, by: str) -> None:
+    url = service.stream_url(model="echo", prompt="a b c d")
+    whole = service.read(url)
+
+    rest = service.read(url, "1-2") if by == "header" else service.read(url + "&last_event_id=1-2")
+
+    assert rest == whole[2:]
+
+
+def test_the_header_wins_over_the_query(service: Service) -> None:
+    url = service.stream_url(model="echo", prompt="a b c d")
+    whole = service.read(url)
+
+    assert service.read(url + "&last_event_id=1-1", "1-3") == whole[3:]
+
+
+@pytest.mark.parametrize("cursor", ["-1", "abc", "1", "1-", "1-2-3", "99999999999999999999999-1", "x" * 5000, "1-１", "7-3"])
+def test_a_cursor_that_is_none_brings_the_whole_answer(service: Service, cursor: str) -> None:
+    url = service.stream_url(model="echo", prompt="a b")
+    whole = service.read(url)
+
+    headers = {**EVENT_STREAM, "Last-Event-ID": cursor.encode("utf-8")}
+    body = httpx.get(url, headers=headers).text
+
+    assert body.count("id: ") == len(whole)
+
+
+def test_a_cursor_beyond_the_last_event_brings_the_ending_alone(service: Service) -> None:
+    url = service.stream_url(model="echo", prompt="a b")
+    whole = service.read(url)
+
+    assert service.read(url, "1-4000") == whole[-1:]
+
+
+def test_who_has_seen_the_ending_is_told_to_stop(service: Service) -> None:
+    url = service.stream_url(model="echo", prompt="a b")
+    last = service.read(url)[-1]
+
+    answer = httpx.get(url, headers={**EVENT_STREAM, "Last-Event-ID": last.id})
+
+    assert (answer.status_code, answer.content) == (204, b"")
+
+
+def test_a_second_viewer_gets_the_whole_text_while_it_is_being_written(service: Service, provider: ProviderServer) -> None:
+    model = "gpt-test-hold-n6-k3-i2"
+    url = service.stream_url(model=model)
+
+    with service.watch(url) as first:
+        seen = [next(first) for _ in range(3)]
+        with service.watch(url) as second:
+            caught_up = [next(second) for _ in range(3)]
+            provider.release()
+            rest_of_first, rest_of_second = list(first), list(second)
+
+    assert caught_up == seen
+    assert rest_of_first == rest_of_second and rest_of_first[-1].data == "[DONE]"
+    assert len(provider.requests(model)) == 1
+
+
+def test_a_reload_in_mid_stream_goes_on_at_the_exact_character(service: Service, provider: ProviderServer) -> None:
+    url = service.stream_url(model="gpt-test-hold-n8-k4-i3")
+    with service.watch(url) as first:
+        seen = [next(first) for _ in range(4)]
+
+    with service.watch(url, seen[1].id) as again:
+        repeated = [next(again) for _ in range(2)]
+        provider.release()
+        rest = list(again)
+
+    assert repeated == seen[2:]
+    assert text_of(seen + rest) == text_of(service.read(url))
+
+
+def test_the_generation_goes_on_when_the_viewer_is_gone(service: Service, provider: ProviderServer, n8n: Receiver) -> None:
+    url = service.stream_url(model="gpt-test-hold-n5-k2-i4", resumeUrl=n8n.url())
+    with service.watch(url) as viewer:
+        next(viewer)
+
+    provider.release()
+
+    (callback,) = n8n.wait_for(1)
+    assert callback.json["status"] == "completed"
+    assert text_of(service.read(url)) == callback.json["answer"]
+
+
+@pytest.mark.parametrize(
+    ("token", "code"),
+    [
+        ("", "token_missing"),
+        ("nonsense", "token_malformed"),
+        (jwt.encode({"sub": "x", "exp": 1}, SECRET, "HS256"), "token_expired"),
+        (jwt.encode({"sub": "x", "exp": 9e9, "aud": "aistream-viewer"}, "y" * 40, "HS256"), "token_signature"),
+    ],
+)
+def test_without_a_good_token_there_is_401_before_anything_else(service: Service, token: str, code: str) -> None:
+    url = service.stream_url(model="echo").split("?")[0]
+
+    answer = httpx.get(f"{url}?access_token={token}", headers=EVENT_STREAM)
+
+    assert (answer.status_code, answer.headers["Content-Type"]) == (401, "application/problem+json")
+    assert answer.json()["code"] in (code, "token_claim_missing")
+    assert answer.json()["ok"] is False
+
+
+def test_the_token_may_come_in_the_header(service: Service) -> None:
+    url, token = service.stream_url(model="echo", prompt="a").split("?access_token=")
+
+    with watch(url, Authorization=f"Bearer {token}") as events:
+        assert text_of(list(events)) == "a"
+
+
+@pytest.mark.parametrize("other", ["another session", "no session", "no uuid", "a key's end"])
+def test_a_token_opens_its_own_stream_and_no_other(service: Service, other: str) -> None:
+    token = service.stream_url(model="echo").split("?access_token=")[1]
+    ids = {
+        "another session": service.stream_url(model="echo").split("/stream/")[1].split("?")[0],
+        "no session": "00000000-0000-4000-8000-000000000000",
+        "no uuid": "..%2F..%2Fetc",
+        "a key's end": "x%0d%0aid:1",
+    }
+
+    answer = httpx.get(f"{service.url}/stream/{ids[other]}?access_token={token}", headers=EVENT_STREAM)
+
+    assert answer.status_code == 404
+    assert answer.headers["Content-Type"] == "application/problem+json"
+
+
+def test_a_session_the_store_has_forgotten_is_not_found(start_service: StartService, redis_url: str) -> None:
+    service = start_service(REDIS_URL=redis_url)
+    url = service.stream_url(model="echo")
+    import redis
+
+    with redis.Redis.from_url(redis_url) as client:
+        client.flushall()
+
+    assert httpx.get(url, headers=EVENT_STREAM).status_code == 404
+
+
+def test_a_session_nobody_came_for_expires_and_both_sides_are_told(start_service: StartService, n8n: Receiver) -> None:
+    service = start_service(SESSION_TTL_SECONDS="1")
+    url = service.stream_url(model="echo", prompt="late", resumeUrl=n8n.url(), userId="u")
+
+    (callback,) = n8n.wait_for(1, timeout=5)
+    (event,) = service.read(url)
+    again = httpx.get(url, headers={**EVENT_STREAM, "Last-Event-ID": event.id})
+
+    assert (callback.json["status"], callback.json["error"]["code"]) == ("expired", "expired")
+    assert (callback.json["answer"], callback.json["input_tokens"], callback.json["output_tokens"]) == ("", 0, 0)
+    assert (callback.json["userId"], callback.json["prompt"]) == ("u", "late")
+    assert event.event == "error" and '"code":"expired"' in event.data
+    assert again.status_code == 204
+
+
+def test_after_the_replay_a_browser_gets_the_reason_and_others_410(start_service: StartService, n8n: Receiver) -> None:
+    service = start_service(REPLAY_SECONDS="1")
+    url = service.stream_url(model="echo", prompt="a", resumeUrl=n8n.url())
+    last = service.read(url)[-1]
+    n8n.wait_for(1)
+    _wait_until(lambda: service.lines("callback.attempted"))
+    time.sleep(1.2)
+
+    (event,) = service.read(url)
+    plain = httpx.get(url)
+
+    assert event == Event(last.id, "error", event.data) and '"code":"replay_over"' in event.data
+    assert (plain.status_code, plain.json()["code"]) == (410, "replay_over")
+    assert httpx.get(url, headers={**EVENT_STREAM, "Last-Event-ID": event.id}).status_code == 204
+
+
+def test_a_viewer_too_many_waits_with_heartbeats_for_a_place(start_service: StartService, provider: ProviderServer) -> None:
+    service = start_service(MAX_VIEWERS_PER_SESSION="1", **provider.environ)
+    url = service.stream_url(model="gpt-test-hold-n4-k2-i5")
+
+    with service.watch(url) as first:
+        next(first)
+        waiting = gevent.spawn(sse, url)
+        refused = httpx.get(url)
+        gevent.sleep(1.2)
+        assert not waiting.dead
+    provider.release()
+
+    body = waiting.get(timeout=10)
+    assert (refused.status_code, refused.json()["code"]) == (429, "too_many_viewers")
+    assert body.startswith(b"retry: 2000\n:\n") and body.endswith(b"data: [DONE]\n\n")
+
+
+def test_a_silent_stream_beats_from_the_first_byte_on(start_service: StartService, provider: ProviderServer) -> None:
+    service = start_service(HEARTBEAT_SECONDS="0.3", **provider.environ)
+    url = service.stream_url(model="gpt-test-hello-f1500")
+
+    body = sse(url)
+
+    before_text, _, after = body.partition(b"id: ")
+    assert before_text.startswith(b"retry: 2000\n")
+    assert set(before_text.removeprefix(b"retry: 2000\n").split(b"\n")) == {b":", b""}
+    assert 3 <= before_text.count(b":\n") <= 6
+    assert after.endswith(b"data: [DONE]\n\n")
+
+
+def test_a_viewer_that_left_is_noticed_at_once(service: Service, provider: ProviderServer) -> None:
+    url = service.stream_url(model="gpt-test-hold-n4-k1-i6")
+    before = len(service.lines("viewer.left"))
+
+    with service.watch(url) as viewer:
+        next(viewer)
+    began = time.monotonic()
+    _wait_until(lambda: len(service.lines("viewer.left")) > before, timeout=5)
+
+    # Heartbeats come every 15 s: only the watcher on the socket can have told.
+    assert time.monotonic() - began < 5 and service.lines("viewer.left")[-1]["gone"] is True
+    provider.release()
+
+
+def test_a_receiver_that_hangs_delays_neither_streams_nor_other_callbacks(service: Service, n8n: Receiver) -> None:
+    n8n.answers([HANG], path="/hangs")
+    service.read(service.stream_url(model="echo", prompt="a", resumeUrl=n8n.url("/hangs")))
+    n8n.wait_for(1, path="/hangs")
+
+    service.read(service.stream_url(model="echo", prompt="b", resumeUrl=n8n.url("/other")))
+
+    (other,) = n8n.wait_for(1, path="/other", timeout=2)
+    assert other.json["answer"] == "b"
+
+
+def _wait_until(holds: Callable[[], object], timeout: float = 10.0) -> None:
+    until = time.monotonic() + timeout
+    while not holds():
+        assert time.monotonic() < until, "it did not come to that in time"
+        gevent.sleep(0.02)

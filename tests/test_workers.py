@@ -1,0 +1,255 @@
+"""Two workers over one Redis, and workers that stop: in order, and not."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import gevent
+import httpx
+import pytest
+
+from tests.neighbours.provider import ProviderServer
+from tests.neighbours.receiver import Receiver
+from tests.service import ROOT, SECRET, Event, Service, n8n_token, text_of, watch
+
+StartService = Callable[..., Service]
+WORDS = 30
+
+
+@pytest.fixture
+def pair(start_service: StartService, redis_url: str, provider: ProviderServer) -> list[Service]:
+    """Two replicas over one Redis, with a short lease."""
+    environ = {"REDIS_URL": redis_url, "LEASE_SECONDS": "1", **provider.environ}
+    return [start_service(**environ), start_service(**environ)]
+
+
+def on(service: Service, url: str) -> str:
+    """The same stream, asked of another replica."""
+    return service.url + url[url.index("/stream/") :]
+
+
+def test_a_viewer_on_another_worker_sees_the_whole_answer_as_it_is_written(pair: list[Service], provider: ProviderServer) -> None:
+    model = "gpt-test-hold-n6-k3-i91"
+    url = pair[0].stream_url(model=model)
+
+    with watch(on(pair[0], url)) as first:
+        seen = [next(first) for _ in range(3)]
+        with watch(on(pair[1], url)) as second:
+            followed = [next(second) for _ in range(3)]
+            provider.release()
+            rest = list(second)
+        whole = seen + list(first)
+
+    assert text_of(followed + rest) == text_of(whole)
+    assert rest[-1].data == "[DONE]" and rest[-1].id == whole[-1].id
+    assert len(provider.requests(model)) == 1
+
+
+def test_a_reconnect_to_another_worker_brings_exactly_what_is_missing(pair: list[Service], provider: ProviderServer) -> None:
+    url = pair[0].stream_url(model=f"claude-test-long-n{WORDS}-d20-i92")
+    got: list[Event] = []
+    turn = 0
+
+    while not got or got[-1].data != "[DONE]":
+        with watch(on(pair[turn % 2], url), got[-1].id if got else None) as viewer:
+            for event in viewer:
+                got.append(event)
+                if len(got) % 4 == 0:
+                    break
+        turn += 1
+
+    assert turn > 3
+    assert [event.id for event in got[:-1]] == [f"1-{i}" for i in range(1, len(got))]
+    assert text_of(got) == text_of(pair[0].read(on(pair[0], url)))
+
+
+def test_connects_to_both_workers_at_once_start_one_generation(pair: list[Service], provider: ProviderServer) -> None:
+    model = "gpt-test-long-n20-d10-i93"
+    url = pair[0].stream_url(model=model)
+
+    reading = [gevent.spawn(pair[0].read, on(pair[i % 2], url)) for i in range(16)]
+
+    assert {text_of(one.get(timeout=20)) for one in reading} == {text_of(pair[1].read(on(pair[1], url)))}
+    assert len(provider.requests(model)) == 1
+
+
+def test_a_killed_worker_ends_its_answer_as_failed_and_n8n_gets_the_part(
+    pair: list[Service], provider: ProviderServer, n8n: Receiver
+) -> None:
+    lost, alive = pair
+    url = lost.stream_url(model="gpt-test-hold-n6-k3-i94", resumeUrl=n8n.url())
+    with watch(on(lost, url)) as viewer:
+        seen = [next(viewer) for _ in range(3)]
+        gevent.sleep(0.1)  # the log writer's window
+        os.killpg(lost.pid, signal.SIGKILL)
+
+    rest = alive.read(on(alive, url), seen[-1].id)
+
+    (callback,) = n8n.wait_for(1, timeout=10)
+    assert json.loads(rest[-1].data)["code"] == "worker_lost"
+    assert (callback.json["status"], callback.json["error"]["code"]) == ("failed", "worker_lost")
+    assert callback.json["answer"] == text_of(seen)
+
+
+def test_a_worker_killed_before_the_first_word_is_replaced_unnoticed(
+    pair: list[Service], provider: ProviderServer, n8n: Receiver
+) -> None:
+    lost, alive = pair
+    url = lost.stream_url(model="gpt-test-hello-f3000-x1-i95", resumeUrl=n8n.url())
+    connecting = gevent.spawn(_open_and_wait, on(lost, url))
+    provider.wait_for_open_streams(1)
+    os.killpg(lost.pid, signal.SIGKILL)
+    connecting.get(timeout=5)
+
+    events = alive.read(on(alive, url))
+
+    (callback,) = n8n.wait_for(1, timeout=10)
+    assert events[-1].data == "[DONE]"
+    assert (callback.json["status"], callback.json["answer"]) == ("completed", text_of(events))
+    assert {event.id.split("-")[0] for event in events} == {"2"}
+
+
+def _open_and_wait(url: str) -> None:
+    with pytest.raises(httpx.TransportError), watch(url) as viewer:
+        next(viewer)
+
+
+def test_a_callback_whose_worker_was_killed_is_sent_by_another(pair: list[Service], n8n: Receiver) -> None:
+    lost, alive = pair
+    n8n.down()
+    url = lost.stream_url(model="echo", prompt="a b", resumeUrl=n8n.url())
+    lost.read(on(lost, url))
+    until = time.monotonic() + 5
+    while not lost.lines("callback.attempted"):  # else the attempt stays hidden for as long as one may last
+        assert time.monotonic() < until
+        gevent.sleep(0.01)
+    os.killpg(lost.pid, signal.SIGKILL)
+
+    n8n.up()
+
+    callback = n8n.wait_for(1, timeout=15)[0]
+    assert callback.json["answer"] == "a b"
+    assert alive.lines("callback.attempted")
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+def test_a_worker_told_to_stop_lets_its_answers_and_callbacks_finish(
+    start_service: StartService, request: pytest.FixtureRequest, provider: ProviderServer, n8n: Receiver, embedded: bool
+) -> None:
+    environ = {} if embedded else {"REDIS_URL": request.getfixturevalue("redis_url")}
+    service = start_service(DRAIN_SECONDS="10", **environ, **provider.environ)
+    watched = service.stream_url(model="gpt-test-long-n40-d25-i96", resumeUrl=n8n.url("/watched"))
+    alone = service.stream_url(model="gpt-test-long-n40-d25-i97", resumeUrl=n8n.url("/alone"))
+    with service.watch(alone) as viewer:
+        next(viewer)
+    reading = gevent.spawn(service.read, watched)
+    provider.wait_for_open_streams(2)
+
+    stopping = gevent.spawn(service.stop)
+
+    events = reading.get(timeout=15)
+    stopping.get(timeout=20)
+    callbacks = n8n.wait_for(2, timeout=5)
+    assert events[-1].data == "[DONE]"
+    assert {callback.json["status"] for callback in callbacks} == {"completed"}
+
+
+def test_what_cannot_finish_in_the_drains_time_ends_as_failed_with_its_part(
+    start_service: StartService, provider: ProviderServer, n8n: Receiver
+) -> None:
+    service = start_service(DRAIN_SECONDS="0.5", **provider.environ)
+    url = service.stream_url(model="gpt-test-hold-n5-k2-i98", resumeUrl=n8n.url())
+    with service.watch(url) as viewer:
+        seen = [next(viewer) for _ in range(2)]
+
+    service.stop()
+
+    (callback,) = n8n.wait_for(1, timeout=5)
+    assert (callback.json["status"], callback.json["error"]["code"]) == ("failed", "shutting_down")
+    assert callback.json["answer"] == text_of(seen)
+
+
+def test_while_redis_is_away_init_says_so_and_local_viewers_notice_nothing(
+    start_service: StartService, provider: ProviderServer, n8n: Receiver, tmp_path: Path, free_port: int
+) -> None:
+    redis = _redis(tmp_path, free_port)
+    service = start_service(REDIS_URL=f"redis://127.0.0.1:{free_port}", **provider.environ)
+    url = service.stream_url(model="gpt-test-long-n60-d50-i99", resumeUrl=n8n.url())
+    try:
+        with service.watch(url) as viewer:
+            got = [next(viewer) for _ in range(5)]
+            redis.send_signal(signal.SIGTERM)
+            redis.wait(10)
+            refused = service.init()
+            not_ready = httpx.get(f"{service.url}/health/ready")
+            got += [next(viewer) for _ in range(20)]
+            redis = _redis(tmp_path, free_port)
+            got += list(viewer)
+
+        (callback,) = n8n.wait_for(1, timeout=10)
+        assert (refused.status_code, refused.json()["code"], refused.headers["Retry-After"]) == (503, "store_unavailable", "2")
+        assert (not_ready.status_code, not_ready.json()["missing"]) == (503, ["redis"])
+        assert got[-1].data == "[DONE]"
+        assert [event.id for event in got[:-1]] == [f"1-{i}" for i in range(1, 61)]
+        assert callback.json["answer"] == text_of(got) == text_of(service.read(url))
+    finally:
+        redis.terminate()
+        redis.wait(10)
+
+
+def _redis(folder: Path, port: int) -> "subprocess.Popen[bytes]":
+    """A Redis that keeps its data over a restart."""
+    command = ["redis-server", "--port", str(port), "--dir", str(folder), "--appendonly", "yes"]
+    path = f"{sys.prefix}/bin:{os.environ['PATH']}"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "PATH": path})
+    until = time.monotonic() + 10
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return process
+        except OSError:
+            assert time.monotonic() < until
+            time.sleep(0.02)
+
+
+def test_flask_run_serves_the_same_for_debugging(free_port: int, tmp_path: Path, n8n: Receiver) -> None:
+    environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "JWT_SECRET": SECRET, "FLASK_RUN_PORT": str(free_port)}
+    log = (tmp_path / "log").open("w")
+    command = [sys.executable, "-m", "flask", "run"]
+    process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=log)
+    url = f"http://127.0.0.1:{free_port}"
+    try:
+        _until_up(url, process)
+        body = {"n8nToken": n8n_token(), "prompt": "a b c", "resumeUrl": n8n.url()}
+        answer = httpx.post(f"{url}/init-stream", json=body).json()
+        stream = url + answer["streamUrl"][answer["streamUrl"].index("/stream/") :]
+
+        with watch(stream) as viewer:
+            events = list(viewer)
+
+        (callback,) = n8n.wait_for(1)
+        assert text_of(events) == callback.json["answer"] == "a b c"
+        assert httpx.get(url).status_code == 200
+    finally:
+        process.terminate()
+        process.wait(10)
+        log.close()
+    printed = (tmp_path / "log").read_text()
+    assert "GET /stream/" in printed and "access_token" not in printed and "Traceback" not in printed
+
+
+def _until_up(url: str, process: "subprocess.Popen[bytes]") -> None:
+    until = time.monotonic() + 20
+    while True:
+        try:
+            assert httpx.get(f"{url}/health").status_code == 200
+            return
+        except httpx.TransportError:
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
