@@ -1,6 +1,7 @@
 """gunicorn's settings, from the service's own configuration. Read by `gunicorn wsgi:app` in this folder by itself."""
 
 import gc
+import os
 import sys
 
 from aistream.environment import load
@@ -26,7 +27,7 @@ graceful_timeout = int(service.drain_seconds) + 15
 accesslog = None
 loglevel = service.log_level
 # Heartbeat files on disk can block a worker for seconds.
-worker_tmp_dir = "/dev/shm"
+worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None
 control_socket_disable = True
 
 

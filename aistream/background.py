@@ -60,7 +60,7 @@ class Background:
 
     def start(self) -> None:
         """Starts the loops, once."""
-        if not self._loops:
+        if not self._loops and not self.draining:
             self._loops = [gevent.spawn(run) for run in self._runs]
             self._providers.warm_up()
 

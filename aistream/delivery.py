@@ -17,9 +17,8 @@ from aistream.callback import Dead, Delivered, Meaning, Retry, headers, meaning,
 from aistream.config import Config
 from aistream.errors import StoreUnavailable
 from aistream.outbound import Outbound, SendFailed
-from aistream.store import Store, Taken
+from aistream.store import AWAY, Store, Taken
 from aistream.telemetry import log as lines
-from aistream.writer import AWAY
 
 #: Attempts at the same time per worker. One that finds no place is taken at the next look at the deadlines.
 SENDERS = 50

@@ -17,13 +17,11 @@ from aistream.config import Config
 from aistream.errors import StoreUnavailable
 from aistream.events import Cursor, Event, Failed
 from aistream.log import Log
-from aistream.store import Store
+from aistream.store import AWAY, Store
 from aistream.telemetry import log as lines
 
 #: Seconds between two reads.
 PERIOD = 0.025
-#: Seconds before a store that is away is tried again.
-AWAY = 0.25
 
 _LOST = Failed("session_lost", "The session was lost together with the server that ran it.", False)
 

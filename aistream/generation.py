@@ -34,9 +34,9 @@ from aistream.session import (
     state_of,
 )
 from aistream.sse import Cutter
-from aistream.store import Store
+from aistream.store import AWAY, Store
 from aistream.telemetry import log as lines
-from aistream.writer import AWAY, LogWriter, Storing
+from aistream.writer import LogWriter, Storing
 
 SHUTTING_DOWN = Failed("shutting_down", "The server that wrote this answer had to stop.", True)
 TOO_LONG = Failed("answer_too_long", "The answer grew beyond the service's limit.", False)
@@ -244,7 +244,7 @@ class Generations:
         One question to the store for any number of viewers that come at the same moment. Raises StoreUnavailable.
         """
         generation = self.running.get(session_id)
-        if generation is not None:
+        if generation is not None and not generation.log.dropped:
             return generation
         asked = self._claiming.get(session_id)
         if asked is not None:

@@ -55,6 +55,8 @@ VISIBILITY = 60
 TOMBSTONE = 86_400
 #: Seconds a dead letter is kept for a person.
 DEAD_LETTER = 7 * 86_400
+#: Seconds before a store that was away is asked again.
+AWAY = 0.25
 #: Most due sessions looked at in one go.
 DUE = 1000
 

@@ -42,6 +42,7 @@ class Viewer:
         self.gone = False
         self.opened = False
         self._viewing = viewing
+        self._source: Log | Ended | None = None
         self._due = b""
         self._waiter: Waiter[Any] | None = None
         self._watcher: Any = None
@@ -56,7 +57,7 @@ class Viewer:
         """
         self._viewing.admit(self)
         try:
-            source = self._viewing.source(self.session_id)
+            source = self._source = self._viewing.source(self.session_id)
         except BaseException:
             self._viewing.release(self)
             raise
@@ -77,15 +78,8 @@ class Viewer:
             yield PREAMBLE
             if not self.opened and not (yield from self._hold()):
                 return
-            while not self.gone:
-                source = self._viewing.source(self.session_id)
-                if isinstance(source, Log):
-                    done = yield from self._watch(source)
-                else:
-                    with self._viewing.follower.follow(self.session_id) as log:
-                        done = yield from self._watch(log)
-                if done:
-                    return
+            while not (yield from self._watch_source()):
+                self._source = self._viewing.source(self.session_id)
         except (StoreUnavailable, NotFound, Refused):
             # In mid-stream there is nothing to say: the browser comes back by itself, with its last id.
             return
@@ -143,6 +137,12 @@ class Viewer:
             gone=self.gone,
             duration_ms=round((time.monotonic() - self._began) * 1000),
         )
+
+    def _watch_source(self) -> Generator[bytes, None, bool]:
+        if isinstance(self._source, Log):
+            return (yield from self._watch(self._source))
+        with self._viewing.follower.follow(self.session_id) as log:
+            return (yield from self._watch(log))
 
     def _watch(self, log: Log) -> Generator[bytes, None, bool]:
         """Sends what the log has after the cursor, then what comes. Gives False where the log turned out to be void."""

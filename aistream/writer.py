@@ -13,13 +13,11 @@ from gevent.lock import BoundedSemaphore
 from aistream.errors import StoreUnavailable
 from aistream.events import Cursor, Event
 from aistream.log import Log
-from aistream.store import Store
+from aistream.store import AWAY, Store
 from aistream.telemetry import log as lines
 
 #: Seconds between two flushes: also the most that a killed worker can lose.
 WINDOW = 0.02
-#: Seconds before a store that is away is tried again.
-AWAY = 0.25
 #: Most events of one session in one round trip.
 BATCH = 500
 

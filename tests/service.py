@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,6 +147,14 @@ def watch(url: str, last_id: str | None = None, **headers: str) -> Iterator[Watc
     asked = {"Accept": "text/event-stream", **headers, **({"Last-Event-ID": last_id} if last_id else {})}
     with httpx.Client(timeout=30, trust_env=False, verify=False) as client, client.stream("GET", url, headers=asked) as response:
         yield Watch(response)
+
+
+def wait_until(holds: Callable[[], object], timeout: float = 10.0) -> None:
+    """A bounded poll: returns when `holds()` does, AssertionError after `timeout` seconds."""
+    until = time.monotonic() + timeout
+    while not holds():
+        assert time.monotonic() < until, f"it did not come to that in {timeout} s"
+        time.sleep(0.02)
 
 
 def text_of(events: list[Event]) -> str:

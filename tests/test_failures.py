@@ -9,7 +9,7 @@ import pytest
 from tests.neighbours.provider import ProviderServer
 from tests.neighbours.receiver import CUT, STARTING_UP, WRONG_METHOD, Receiver
 from tests.neighbours.wires import SECRETS
-from tests.service import Service, text_of
+from tests.service import Service, text_of, wait_until
 
 StartService = Callable[..., Service]
 BOTH = pytest.mark.parametrize("family", ["gpt", "claude"])
@@ -185,16 +185,7 @@ def test_a_callback_that_can_never_arrive_is_a_dead_letter_with_its_reason(start
     service.read(service.stream_url(model="echo", prompt="a", resumeUrl=n8n.url("/w?signature=sss")))
 
     n8n.wait_for(1)
-    (line,) = _lines(service, "callback.attempted")
+    wait_until(lambda: service.lines("callback.attempted"))
+    (line,) = service.lines("callback.attempted")
     assert line["outcome"] == "dead" and "HTTP method to POST" in line["reason"]
     assert "signature" not in service.log
-
-
-def _lines(service: Service, event: str) -> list[dict[str, object]]:
-    import time
-
-    until = time.monotonic() + 5
-    while not (lines := service.lines(event)):
-        assert time.monotonic() < until, service.log
-        time.sleep(0.02)
-    return lines

@@ -223,7 +223,7 @@ def test_after_the_replay_a_browser_gets_the_reason_and_others_410(start_service
     url = service.stream_url(model="echo", prompt="a", resumeUrl=n8n.url())
     last = service.read(url)[-1]
     n8n.wait_for(1)
-    _wait_until(lambda: service.lines("callback.attempted"))
+    wait_until(lambda: service.lines("callback.attempted"))
     time.sleep(1.2)
 
     (event,) = service.read(url)
@@ -271,7 +271,7 @@ def test_a_viewer_that_left_is_noticed_at_once(service: Service, provider: Provi
     with service.watch(url) as viewer:
         next(viewer)
     began = time.monotonic()
-    _wait_until(lambda: len(service.lines("viewer.left")) > before, timeout=5)
+    wait_until(lambda: len(service.lines("viewer.left")) > before, timeout=5)
 
     # Heartbeats come every 15 s: only the watcher on the socket can have told.
     assert time.monotonic() - began < 5 and service.lines("viewer.left")[-1]["gone"] is True
@@ -287,10 +287,3 @@ def test_a_receiver_that_hangs_delays_neither_streams_nor_other_callbacks(servic
 
     (other,) = n8n.wait_for(1, path="/other", timeout=2)
     assert other.json["answer"] == "b"
-
-
-def _wait_until(holds: Callable[[], object], timeout: float = 10.0) -> None:
-    until = time.monotonic() + timeout
-    while not holds():
-        assert time.monotonic() < until, "it did not come to that in time"
-        gevent.sleep(0.02)

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pytest
 
 from tests.neighbours.provider import ProviderServer
 from tests.neighbours.receiver import Receiver
-from tests.service import ROOT, SECRET, Event, Service, n8n_token, text_of, watch
+from tests.service import ROOT, SECRET, Event, Service, n8n_token, text_of, wait_until, watch
 
 StartService = Callable[..., Service]
 WORDS = 30
@@ -120,22 +119,38 @@ def _open_and_wait(url: str) -> None:
         next(viewer)
 
 
+def test_a_worker_that_wakes_up_after_its_lease_shows_its_viewers_what_the_log_says(
+    pair: list[Service], provider: ProviderServer, n8n: Receiver
+) -> None:
+    paused, alive = pair
+    url = paused.stream_url(model="gpt-test-hold-n6-k3-i89", resumeUrl=n8n.url())
+    with watch(on(paused, url)) as viewer:
+        seen = [next(viewer) for _ in range(3)]
+        gevent.sleep(0.1)  # the log writer's window
+        os.killpg(paused.pid, signal.SIGSTOP)
+        (callback,) = n8n.wait_for(1, timeout=10)
+        provider.release()
+
+        os.killpg(paused.pid, signal.SIGCONT)
+        rest = list(viewer)
+
+    assert json.loads(rest[-1].data)["code"] == callback.json["error"]["code"] == "worker_lost"
+    assert alive.read(on(alive, url)) == seen + rest[-1:]
+
+
 def test_a_callback_whose_worker_was_killed_is_sent_by_another(pair: list[Service], n8n: Receiver) -> None:
     lost, alive = pair
     n8n.down()
     url = lost.stream_url(model="echo", prompt="a b", resumeUrl=n8n.url())
     lost.read(on(lost, url))
-    until = time.monotonic() + 5
-    while not lost.lines("callback.attempted"):  # else the attempt stays hidden for as long as one may last
-        assert time.monotonic() < until
-        gevent.sleep(0.01)
+    wait_until(lambda: lost.lines("callback.attempted"))  # else the attempt stays hidden for as long as one may last
     os.killpg(lost.pid, signal.SIGKILL)
 
     n8n.up()
 
     callback = n8n.wait_for(1, timeout=15)[0]
     assert callback.json["answer"] == "a b"
-    assert alive.lines("callback.attempted")
+    wait_until(lambda: alive.lines("callback.attempted"))
 
 
 @pytest.mark.parametrize("embedded", [True, False])
@@ -208,14 +223,13 @@ def _redis(folder: Path, port: int) -> "subprocess.Popen[bytes]":
     command = ["redis-server", "--port", str(port), "--dir", str(folder), "--appendonly", "yes"]
     path = f"{sys.prefix}/bin:{os.environ['PATH']}"
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "PATH": path})
-    until = time.monotonic() + 10
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-            return process
-        except OSError:
-            assert time.monotonic() < until
-            time.sleep(0.02)
+    wait_until(lambda: _listens(port))
+    return process
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_flask_run_serves_the_same_for_debugging(free_port: int, tmp_path: Path, n8n: Receiver) -> None:
@@ -225,7 +239,7 @@ def test_flask_run_serves_the_same_for_debugging(free_port: int, tmp_path: Path,
     process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=log)
     url = f"http://127.0.0.1:{free_port}"
     try:
-        _until_up(url, process)
+        wait_until(lambda: _listens(free_port), timeout=20)
         body = {"n8nToken": n8n_token(), "prompt": "a b c", "resumeUrl": n8n.url()}
         answer = httpx.post(f"{url}/init-stream", json=body).json()
         stream = url + answer["streamUrl"][answer["streamUrl"].index("/stream/") :]
@@ -242,14 +256,3 @@ def test_flask_run_serves_the_same_for_debugging(free_port: int, tmp_path: Path,
         log.close()
     printed = (tmp_path / "log").read_text()
     assert "GET /stream/" in printed and "access_token" not in printed and "Traceback" not in printed
-
-
-def _until_up(url: str, process: "subprocess.Popen[bytes]") -> None:
-    until = time.monotonic() + 20
-    while True:
-        try:
-            assert httpx.get(f"{url}/health").status_code == 200
-            return
-        except httpx.TransportError:
-            assert process.poll() is None and time.monotonic() < until
-            time.sleep(0.05)
