@@ -10,7 +10,7 @@ import pytest
 
 from tests.neighbours.provider import ProviderServer
 from tests.neighbours.receiver import HANG, Receiver
-from tests.service import SECRET, Event, Service, text_of, watch
+from tests.service import SECRET, Event, Service, text_of, wait_until, watch
 
 StartService = Callable[..., Service]
 EVENT_STREAM = {"Accept": "text/event-stream"}
