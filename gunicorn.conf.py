@@ -4,6 +4,8 @@ import gc
 import os
 import sys
 
+import gevent
+
 from aistream.environment import load
 from aistream.errors import ConfigError
 
@@ -50,14 +52,28 @@ def post_worker_init(worker):
     The modules are half a million objects that never become garbage; going through them again and again cost a seventh of
     all CPU (`python -m bench.stream_cost`).
     """
-    worker.wsgi.extensions["aistream"].background.start()
+    background = worker.wsgi.extensions["aistream"].background
+    background.start()
+    gevent.spawn(_drain_when_told, worker, background)
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 20, 20)
 
 
+def _drain_when_told(worker, background):
+    """SIGTERM reaches no hook of a gevent worker: it only stops being alive.
+
+    Drains beside gunicorn's own wait, which is for connections alone. What is left after it are kept-alive ones with nothing
+    to say. gunicorn would wait for them to the end of `graceful_timeout` and answer each with a 500; an exit just closes them.
+    """
+    while worker.alive:
+        gevent.sleep(0.1)
+    background.drain()
+    sys.exit(0)  # from any greenlet gevent carries this to the main one
+
+
 def worker_exit(server, worker):
-    """Lets what still runs here come to its end."""
+    """A worker without connections leaves at once: its generations and callbacks are waited for here."""
     app = getattr(worker, "wsgi", None)
     if app is not None:
         app.extensions["aistream"].background.drain()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 import gevent
+from gevent.event import Event as Signal
 
 from aistream.config import Config
 from aistream.delivery import Delivery
@@ -24,6 +25,8 @@ from aistream.writer import LogWriter
 
 #: Seconds between two looks at the deadlines.
 POLL = 0.5
+#: Seconds for the last answers to leave, once everything is done.
+LAST_BYTES = 0.1
 #: Seconds for what is left to be recorded when the drain's time is over.
 LAST_WORDS = 5.0
 
@@ -43,6 +46,9 @@ class Background:
         delivery: Delivery,
     ) -> None:
         self.draining = False
+        #: Requests that are being answered now; a stream counts as a viewer instead.
+        self.requests = 0
+        self._drained = Signal()
         self._config = config
         self._store = store
         self._providers = providers
@@ -70,7 +76,13 @@ class Background:
         self._loops = []
 
     def drain(self) -> None:
-        """Lets generations and callbacks finish for up to DRAIN_SECONDS; what is left ends as failed, with its partial answer."""
+        """Lets everything finish for up to DRAIN_SECONDS; what is left ends as failed, with its partial answer.
+
+        Returns when that is done, to every caller.
+        """
+        if self.draining:
+            self._drained.wait()
+            return
         self.draining = True
         began = time.monotonic()
         self._wait_until_idle(began + self._config.drain_seconds)
@@ -79,12 +91,17 @@ class Background:
             generation.stop(SHUTTING_DOWN)
         if cut:
             self._wait_until_idle(time.monotonic() + LAST_WORDS)
+        gevent.sleep(LAST_BYTES)
         lines.info("worker.drained", cut=len(cut), duration_ms=round((time.monotonic() - began) * 1000))
         self.stop()
+        self._drained.set()
 
     def _wait_until_idle(self, until: float) -> None:
-        while (self._generations.running or len(self._delivery)) and time.monotonic() < until:
+        while self._is_busy() and time.monotonic() < until:
             gevent.sleep(0.05)
+
+    def _is_busy(self) -> bool:
+        return bool(self._generations.running or len(self._delivery) or len(self._viewing) or self.requests)
 
     def _heartbeats(self) -> None:
         self._viewing.beat(lambda: min(1.0, self._config.heartbeat_seconds / 4))

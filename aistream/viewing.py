@@ -67,7 +67,7 @@ class Viewer:
             return False
         if isinstance(source, Ended) and not source.replayable:
             self._viewing.release(self)
-            raise Refused("replay_over", str(ending_id) if ending_id else None)
+            raise _replay_over(source)
         self.opened = True
         return True
 
@@ -142,6 +142,10 @@ class Viewer:
         if isinstance(self._source, Log):
             return (yield from self._watch(self._source))
         with self._viewing.follower.follow(self.session_id) as log:
+            if isinstance(self._source, Ended) and not len(log):
+                # The replay ended between the question and the answer.
+                yield refusal_frame(_replay_over(self._source), self.cursor, self.mode)
+                return True
             return (yield from self._watch(log))
 
     def _watch(self, log: Log) -> Generator[bytes, None, bool]:
@@ -209,6 +213,10 @@ class Viewer:
             self._watcher.stop()
             self._watcher.close()
             self._watcher = None
+
+
+def _replay_over(ended: Ended) -> Refused:
+    return Refused("replay_over", str(ended.ending_id) if ended.ending_id else None)
 
 
 def refusal_frame(refused: Refused, cursor: Cursor | None, mode: Mode) -> bytes:

@@ -190,6 +190,17 @@ def test_what_cannot_finish_in_the_drains_time_ends_as_failed_with_its_part(
     assert callback.json["answer"] == text_of(seen)
 
 
+def test_an_idle_connection_does_not_hold_a_worker_back(start_service: StartService) -> None:
+    service = start_service(DRAIN_SECONDS="60")
+    with socket.create_connection(("127.0.0.1", service.port)) as idle:
+        idle.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert idle.recv(4096).startswith(b"HTTP/1.1 200")
+
+        service.stop()
+
+    assert service.lines("worker.drained") and "SIGKILL" not in service.log
+
+
 def test_while_redis_is_away_init_says_so_and_local_viewers_notice_nothing(
     start_service: StartService, provider: ProviderServer, n8n: Receiver, tmp_path: Path, free_port: int
 ) -> None:

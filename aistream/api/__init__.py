@@ -88,6 +88,7 @@ def init_app(app: Flask, config: Config) -> None:
         max_age=600,
     )
     app.before_request(_begin)
+    app.teardown_request(_end)
     app.after_request(_finish_headers)
     app.register_error_handler(Problem, problem)
     app.register_error_handler(HTTPException, _http_error)
@@ -96,9 +97,15 @@ def init_app(app: Flask, config: Config) -> None:
 
 def _begin() -> None:
     # gunicorn starts the loops itself, after fork; under `flask run` the first request does.
-    parts().background.start()
+    background = parts().background
+    background.start()
+    background.requests += 1
     given = request.headers.get("X-Request-ID", "")
     g.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _end(_error: BaseException | None) -> None:
+    parts().background.requests -= 1
 
 
 def _finish_headers(response: Response) -> Response:
