@@ -12,6 +12,7 @@ in seconds, -b KiB. A new scenario is one function here; `docs()` lists them all
 """
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -259,6 +260,13 @@ def bytes_(ask: Ask) -> Iterator[Step]:
     """As `say`, but each multi-byte character and each SSE line is split over separate writes (0.3 ms apart)."""
     yield Shred()
     yield from say(ask)
+
+
+@scenario("deltas")
+def deltas(ask: Ask) -> Iterator[Step]:
+    """The last user message is a JSON list of texts, one delta each: so NUL and half an emoji get through a prompt."""
+    yield from map(Text, json.loads(ask.prompt))
+    yield Finish()
 
 
 @scenario("long", n=200)

@@ -1,0 +1,494 @@
+"""What a browser makes of the service: the demo page, plain EventSources, and front ends that know nothing of aistream."""
+
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from gevent.pool import Pool
+from selenium.webdriver import Chrome
+
+from aistream.tokens import Tokens
+from tests.browser import FOREIGN, Browser, Pages, Seen, chromium, programs
+from tests.conftest import make_config, missing
+from tests.nasty import BY_NAME, NASTY, differences
+from tests.neighbours.provider import ProviderServer
+from tests.neighbours.receiver import STARTED, Answer, Receiver
+from tests.neighbours.scenarios import HELLO, words
+from tests.service import Service
+
+CLOSED = 2
+PROMPT = (
+    "Hello, naïve café ☕: <b>no</b> <img src=nowhere> markup.\n\n    Indented,   with   spaces. \n"
+    + "".join(f"{number} " for number in range(1, 71))
+    + "\n\nThe end. "
+)
+"""What a person types. The echo of it takes longer than a browser takes to come back."""
+
+
+@pytest.fixture(scope="session")
+def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+    """One Chromium for all tests."""
+    found = programs()
+    if found is None:
+        missing("chromium with chromedriver")
+        return
+    with chromium(*found, tmp_path_factory.mktemp("chromium")) as chrome:
+        yield chrome
+
+
+@pytest.fixture
+def browser(chrome: Chrome) -> Iterator[Browser]:
+    """The browser, as one test finds and leaves it."""
+    browser = Browser(chrome)
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope="module")
+def parked() -> Iterator[tuple[Pages, Receiver]]:
+    """Front ends and an n8n that are down; their ports stay theirs, so that a service can be told of them at its start."""
+    with Pages() as pages, Receiver() as n8n:
+        pages.down()
+        n8n.down()
+        yield pages, n8n
+
+
+@pytest.fixture
+def pages(parked: tuple[Pages, Receiver]) -> Iterator[Pages]:
+    """Front ends of another origin."""
+    pages, _ = parked
+    pages.up()
+    yield pages
+    pages.down()
+
+
+@pytest.fixture
+def production_n8n(parked: tuple[Pages, Receiver]) -> Iterator[Receiver]:
+    """The n8n that `production` may call."""
+    _, n8n = parked
+    n8n.up()
+    yield n8n
+    n8n.down()
+    n8n.reset()
+
+
+@pytest.fixture(scope="module")
+def production_process(
+    provider_process: ProviderServer, parked: tuple[Pages, Receiver], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
+    """The process behind `production`."""
+    pages, n8n = parked
+    port = str(unused_port())
+    environ = {
+        **provider_process.environ,
+        "DEV_MODE": "",
+        "PORT": port,
+        "BASE_URL": f"http://127.0.0.1:{port}",
+        "ALLOWED_ORIGINS": pages.url("", FOREIGN).rstrip("/"),
+        "RESUME_URL_ALLOWED_ORIGINS": f"{n8n.origin},http://127.0.0.1:9",
+        "SESSION_TTL_SECONDS": "1",
+        "REPLAY_SECONDS": "1",
+        "MAX_VIEWERS_PER_SESSION": "2",
+    }
+    service = Service(tmp_path_factory.mktemp("production") / "log", environ)
+    service.start()
+    yield service
+    service.stop()
+
+
+@pytest.fixture
+def production(production_process: Service, provider: ProviderServer) -> Service:
+    """A service without DEV_MODE, for a front end at FOREIGN: waits a second for a viewer, lets in two, replays for a second."""
+    return production_process
+
+
+# Texts
+
+
+@pytest.mark.parametrize("mode", ["text", "json"])
+def test_every_nasty_text_arrives_exactly_in_chromium(service: Service, browser: Browser, pages: Pages, mode: str) -> None:
+    def start(number: int) -> str:
+        model = NASTY[number].model(("gpt", "claude")[number % 2])
+        return service.stream_url(model=model, prompt=NASTY[number].prompt, format=mode)
+
+    urls = Pool(8).map(start, range(len(NASTY)))
+    browser.open(pages.url("reader.html"))
+
+    heard = dict(zip((nasty.name for nasty in NASTY), browser.value("readAll(args[0])", urls), strict=True))
+
+    expected = {nasty.name: nasty.answer if mode == "json" else nasty.in_text_mode for nasty in NASTY}
+    assert differences({name: text(one, mode) for name, one in heard.items()}, expected) == []
+    assert [name for name, one in heard.items() if datas(one).count("[DONE]") != 1 or datas(one)[-1] != "[DONE]"] == []
+    assert [(one["opened"], one["failures"], one["lost"]) for one in heard.values()] == [(1, [], [])] * len(NASTY)
+
+
+# A front end that does what the original README describes
+
+
+@pytest.mark.parametrize("model", ["gpt-test-say-d10", "claude-test-say-d10"])
+def test_a_simple_front_end_gets_every_chunk_and_completes_once(
+    service: Service, browser: Browser, pages: Pages, model: str
+) -> None:
+    nasty = BY_NAME["a code block"]
+    url = service.stream_url(model=model, prompt=nasty.prompt)
+    browser.open(pages.url("frontend.html"))
+
+    browser.value("chat(args[0])", url)
+
+    browser.wait_for("seen.completed")
+    seen = browser.value("seen")
+    chunks = [event.data for event in service.read(url)]
+    assert [*seen.pop("chunks"), "[DONE]"] == chunks and len(chunks) > 2
+    assert seen == {"completed": 1, "failed": 0, "data": None, "afterwards": 0}
+    assert (browser.text("chat"), browser.text("outcome")) == (nasty.answer, "complete")
+
+
+@pytest.mark.parametrize(
+    ("model", "code", "count"),
+    [
+        ("gpt-test-cut-k3", "provider_unavailable", 3),
+        ("claude-test-cut-k3", "provider_unavailable", 3),
+        ("gpt-test-error-event-k3", "provider_unavailable", 3),
+        ("claude-test-error-event-k3", "provider_overloaded", 3),
+        ("claude-test-truncated-k3", "upstream_truncated", 3),
+        ("gpt-test-status-s401", "provider_auth_failed", 0),
+    ],
+)
+def test_a_simple_front_end_is_told_of_a_failure_and_never_completes(
+    service: Service, n8n: Receiver, browser: Browser, pages: Pages, model: str, code: str, count: int
+) -> None:
+    url = service.stream_url(model=model, resumeUrl=n8n.url())
+    browser.open(pages.url("frontend.html"))
+
+    browser.value("chat(args[0])", url)
+
+    browser.wait_for("seen.failed")
+    (callback,) = n8n.wait_for(1)
+    seen = browser.value("seen")
+    error = json.loads(seen.pop("data"))
+    assert "".join(seen.pop("chunks")) == callback.json["answer"] == "".join(words(count))
+    assert error == callback.json["error"] and error["code"] == code
+    assert seen == {"completed": 0, "failed": 1, "afterwards": 0}
+    assert browser.text("outcome") == "failed"
+    assert "[DONE]" not in [event.data for event in service.read(url)]
+
+
+def test_a_failure_in_json_mode_says_its_type_as_well(service: Service, browser: Browser, pages: Pages) -> None:
+    url = service.stream_url(model="claude-test-error-event-k2", format="json")
+    browser.open(pages.url("reader.html"))
+
+    (heard,) = browser.value("readAll(args[0])", [url])
+
+    ((_, data),) = heard["failures"]
+    failure = json.loads(data)
+    assert (failure["type"], failure["code"], failure["retryable"]) == ("error", "provider_overloaded", True)
+    assert (text(heard, "json"), heard["state"]) == ("".join(words(2)), CLOSED)
+    assert "[DONE]" not in datas(heard)
+
+
+# Lost connections
+
+
+def test_a_browser_whose_line_broke_comes_back_and_goes_on_at_the_exact_event(
+    service: Service, provider: ProviderServer, browser: Browser, pages: Pages
+) -> None:
+    modes = ("text", "text", "json")
+    flowing = service.stream_url(model="claude-test-slow-n60-d50")
+    held = [service.stream_url(model=f"gpt-test-hold-n8-k3-i{n}", format=mode) for n, mode in enumerate(modes[1:])]
+    urls = [flowing, *held]
+    browser.open(pages.url("reader.html"))
+    browser.value("args[0].forEach((url) => follow(url))", urls)
+    browser.wait_for("followed.every((heard) => heard.messages.length > 2)")
+
+    dropped = [httpx.post(f"{service.url}/demo/drop/{session(url)}", verify=False).json() for url in urls]
+    browser.wait_for("followed.every((heard) => heard.opened === 2)")
+    provider.release()
+    browser.wait_for("followed.every((heard) => heard.state === EventSource.CLOSED)")
+
+    heard = browser.value("followed")
+    assert dropped == [{"dropped": 1}] * 3
+    assert [text(one, mode) for one, mode in zip(heard, modes, strict=True)] == ["".join(words(n)) for n in (60, 8, 8)]
+    assert [(one["opened"], len(one["lost"]), one["failures"]) for one in heard] == [(2, 1, [])] * 3
+    for url, one in zip(urls, heard, strict=True):
+        assert [seen.last_event_id for seen in asked(browser, url)] == [None, *one["lost"]]
+        assert one["messages"] == [[event.id, event.data] for event in service.read(url)]
+    assert len(provider.requests()) == 3
+
+
+def test_a_browser_that_comes_back_after_the_ending_is_sent_away_for_good(
+    service: Service, browser: Browser, pages: Pages
+) -> None:
+    urls = [service.stream_url(model=model) for model in ("gpt-test-hello", "claude-test-error-event-k2", "gpt-test-cut-k0")]
+    browser.open(pages.url("reader.html"))
+
+    browser.value("args[0].forEach((url) => follow(url, { closes: false }))", urls)
+
+    browser.wait_for("followed.every((heard) => heard.state === EventSource.CLOSED)")
+    for url, heard in zip(urls, browser.value("followed"), strict=True):
+        last_id, _ = (heard["messages"] + heard["failures"])[-1]
+        assert [(seen.status, seen.last_event_id) for seen in asked(browser, url)] == [(200, None), (204, last_id)]
+        assert heard["opened"] == 1  # for a browser 204 is no opening
+        assert [data for _, data in heard["messages"]] + heard["failures"] == [
+            event.data if event.event == "message" else [event.id, event.data] for event in service.read(url)
+        ]
+
+
+def test_a_second_tab_attaches_to_the_running_answer_and_sees_all_of_it(
+    service: Service, provider: ProviderServer, browser: Browser, pages: Pages
+) -> None:
+    model = "gpt-test-hold-n8-k3-i9"
+    url = service.stream_url(model=model)
+    first = browser.tab
+    browser.open(pages.url("reader.html"))
+    browser.value("(follow(args[0]), 0)", url)
+    browser.wait_for("followed[0].messages.length === 3")
+
+    browser.open_tab(pages.url("reader.html"))
+    browser.value("(follow(args[0]), 0)", url)
+    # What was written before it came is sent in one piece, and makes as many events as it was.
+    browser.wait_for("followed[0].messages.length === 3")
+    provider.release()
+
+    second_heard = browser.wait_for("followed[0].state === EventSource.CLOSED && followed[0]")
+    browser.show(first)
+    first_heard = browser.wait_for("followed[0].state === EventSource.CLOSED && followed[0]")
+    assert text(first_heard, "text") == "".join(words(8))
+    assert second_heard == first_heard
+    assert len(provider.requests(model)) == 1
+
+
+# Refusals
+
+
+def test_a_browser_with_a_valid_token_gets_the_reason_and_is_then_sent_away(
+    production: Service, production_n8n: Receiver, browser: Browser, pages: Pages
+) -> None:
+    # What is still owed to n8n is kept, so that of the two only the answered one is over.
+    production_n8n.always(lambda received: Answer(503) if received.path == "/expired" else STARTED)
+    over = production.stream_url(model="gpt-test-hello", resumeUrl=production_n8n.url("/over"))
+    expired = production.stream_url(model="gpt-test-hello", resumeUrl=production_n8n.url("/expired"))
+    production.read(over)
+    wait_until(lambda: httpx.get(over, verify=False).status_code == 410)
+    (told, *_) = production_n8n.wait_for(1, path="/expired", timeout=10)
+    assert told.json["status"] == "expired"
+    browser.open(pages.url("reader.html", FOREIGN))
+
+    urls = [expired, expired + "&format=json", over, over + "&format=json"]
+    browser.value("args[0].forEach((url) => follow(url, { closes: false }))", urls)
+    browser.wait_for("followed.every((heard) => heard.state === EventSource.CLOSED)")
+
+    heard = browser.value("followed")
+    failures = [[json.loads(data) for _, data in one["failures"]] for one in heard]
+    assert [[failure["code"] for failure in one] for one in failures] == [["expired"]] * 2 + [["replay_over"]] * 2
+    assert [failure["retryable"] for one in failures for failure in one] == [False] * 4
+    assert ["type" in failure for one in failures for failure in one] == [False, True] * 2
+    assert [one["messages"] for one in heard] == [[]] * 4
+    for url, one in zip(urls, heard, strict=True):
+        last_id = one["failures"][0][0]
+        assert [(seen.status, seen.last_event_id) for seen in asked(browser, url)] == [(200, None), (204, last_id)]
+
+
+def test_a_browser_that_is_one_too_many_waits_for_a_place_and_gets_it(
+    production: Service, provider: ProviderServer, browser: Browser, pages: Pages
+) -> None:
+    url = production.stream_url(model="gpt-test-hold-n4-k2")
+    browser.open(pages.url("reader.html", FOREIGN))
+
+    with production.watch(url) as one, production.watch(url) as two:
+        assert next(one) == next(two)
+        browser.value("(follow(args[0]), 0)", url)
+        browser.wait_for("followed[0].opened === 1")
+        assert browser.value("followed[0].messages") == []
+    browser.wait_for("followed[0].messages.length === 2")
+    provider.release()
+
+    heard = browser.wait_for("followed[0].state === EventSource.CLOSED && followed[0]")
+    assert text(heard, "text") == "".join(words(4))
+    assert (heard["opened"], heard["lost"], heard["failures"]) == (1, [], [])
+
+
+def test_a_browser_without_a_valid_token_or_stream_does_not_come_back(
+    service: Service, browser: Browser, pages: Pages, session_id: str
+) -> None:
+    url = service.stream_url()
+    bare, token = url.split("?")
+    unknown = Tokens(make_config()).sign_viewer(session_id, int(time.time()) + 60)
+    refused = {
+        bare: 401,
+        url[:-2]: 401,
+        f"{service.url}/stream/{session_id}?{token}": 404,
+        f"{service.url}/stream/{session_id}?access_token={unknown}": 404,
+    }
+    browser.open(pages.url("reader.html"))
+
+    heard = browser.value("readAll(args[0])", list(refused))
+
+    assert [(one["opened"], one["messages"], one["failures"], one["lost"]) for one in heard] == [(0, [], [], [None])] * 4
+    assert [one["state"] for one in heard] == [CLOSED] * 4
+    assert {seen.url: seen.status for seen in browser.requests if "/stream/" in seen.url} == refused
+
+
+# Origins
+
+
+def test_a_page_of_an_unknown_origin_hears_nothing(service: Service, browser: Browser, pages: Pages) -> None:
+    url = service.stream_url(model="gpt-test-hello")
+    browser.open(pages.url("reader.html", FOREIGN))
+
+    (heard,) = browser.value("readAll(args[0])", [url])
+
+    assert (heard["opened"], heard["messages"], heard["failures"], heard["state"]) == (0, [], [], CLOSED)
+    assert any("CORS policy" in complaint for complaint in browser.complaints)
+
+
+def test_in_production_only_the_configured_origin_hears_anything(production: Service, browser: Browser, pages: Pages) -> None:
+    url = production.stream_url(model="gpt-test-hello")
+
+    browser.open(pages.url("reader.html", FOREIGN))
+    (ours,) = browser.value("readAll(args[0])", [url])
+    browser.open(pages.url("reader.html"))
+    (theirs,) = browser.value("readAll(args[0])", [url])
+    browser.open(production.url + "/")
+
+    assert text(ours, "text") == "".join(HELLO)
+    assert (theirs["opened"], theirs["messages"]) == (0, [])
+    assert [seen.status for seen in asked(browser, production.url + "/")] == [404]  # the demo page exists in DEV_MODE only
+
+
+# The demo page
+
+
+@pytest.mark.parametrize("mode", ["text", "json"])
+def test_a_person_watches_an_answer_drops_the_line_sees_it_resume_and_sees_the_callback(
+    service: Service, browser: Browser, mode: str
+) -> None:
+    open_demo(browser, service, "echo", mode)
+    browser.type("prompt", PROMPT)
+
+    browser.element("start").click()
+    begun = browser.wait_for("document.getElementById('answer').textContent")
+    state = browser.element("status").get_attribute("data-state")
+    browser.element("drop").click()
+    browser.wait_for("document.getElementById('status').dataset.state === 'reconnecting'")
+    at_drop = browser.text("answer")
+    browser.wait_for("document.getElementById('reconnects').textContent === '1'")
+    browser.wait_for("document.getElementById('status').dataset.state === 'done'")
+    callback = json.loads(browser.wait_for("document.getElementById('callback').textContent"))
+
+    assert state == "streaming"
+    assert PROMPT.startswith(begun) and PROMPT.startswith(at_drop) and at_drop != PROMPT
+    assert browser.text("answer") == callback["answer"] == callback["prompt"] == PROMPT
+    assert callback["status"] == "completed"
+    assert browser.element("callback-state").get_attribute("data-state") == "same"
+    assert browser.element("callback").is_displayed()
+    noted = browser.text("wire-log")
+    for line in ("POST demo/start", "connection lost after id 1-", "Last-Event-ID: 1-", "[DONE] after", "callback arrived"):
+        assert line in noted
+    assert browser.value("document.querySelectorAll('#answer img, #answer b, #callback img').length") == 0
+    first, second = [seen for seen in browser.requests if "/stream/" in seen.url]
+    assert first.last_event_id is None and second.last_event_id
+    assert ("format=json" in first.url) == (mode == "json")
+    assert_harmless(browser, service)
+
+
+def test_the_demo_page_shows_what_is_wrong_beside_the_field(service: Service, browser: Browser) -> None:
+    open_demo(browser, service, "echo", "text")
+    browser.element("prompt").clear()
+
+    browser.element("start").click()
+
+    problem = browser.wait_for("document.getElementById('prompt-problem').textContent")
+    assert browser.element("prompt-problem").is_displayed() and "at least 1 character" in problem
+    assert browser.element("prompt").get_attribute("aria-invalid") == "true"
+    assert browser.element("prompt") == browser.chrome.switch_to.active_element
+    assert not browser.element("model-problem").is_displayed()
+    assert not [seen for seen in browser.requests if "/stream/" in seen.url]
+    browser.type("prompt", "Better.")
+    browser.element("start").click()
+    browser.wait_for("document.getElementById('status').dataset.state === 'done'")
+    assert not browser.element("prompt-problem").is_displayed()
+    assert browser.text("answer") == "Better."
+
+
+def test_the_demo_page_says_why_an_answer_failed_and_what_n8n_was_told(service: Service, browser: Browser) -> None:
+    open_demo(browser, service, "echo", "text")
+    browser.value("document.getElementById('model').add(new Option('gpt-test-cut-k3', 'gpt-test-cut-k3'))")
+    browser.choose("model", "gpt-test-cut-k3")
+
+    browser.element("start").click()
+
+    browser.wait_for("document.getElementById('status').dataset.state === 'failed'")
+    callback = json.loads(browser.wait_for("document.getElementById('callback').textContent"))
+    assert "provider_unavailable" in browser.text("status")
+    assert browser.text("answer") == callback["answer"] == "".join(words(3))
+    assert (callback["status"], callback["error"]["code"]) == ("failed", "provider_unavailable")
+    assert_harmless(browser, service)
+
+
+def test_the_demo_page_offers_the_models_of_the_configured_providers(service: Service, browser: Browser) -> None:
+    open_demo(browser, service, "echo", "text")
+
+    models = httpx.get(f"{service.url}/demo/models", verify=False).json()["models"]
+    offered = browser.value("Array.from(document.getElementById('model').options, (option) => option.value)")
+    assert offered == [model["id"] for model in models]
+    assert {model["provider"] for model in models} == {"openai", "anthropic", "echo"}
+
+
+# Helpers
+
+
+def datas(heard: dict[str, Any]) -> list[str]:
+    """The data of the messages that an EventSource got."""
+    return [data for _, data in heard["messages"]]
+
+
+def text(heard: dict[str, Any], mode: str) -> str:
+    """The answer that they carry."""
+    told = [data for data in datas(heard) if data != "[DONE]"]
+    if mode == "text":
+        return "".join(told)
+    return "".join(event["text"] for event in map(json.loads, told) if event["type"] == "text")
+
+
+def session(url: str) -> str:
+    """The session's id in a stream's address."""
+    return urlsplit(url).path.rpartition("/")[2]
+
+
+def asked(browser: Browser, url: str) -> list[Seen]:
+    """The browser's requests for exactly this address."""
+    return [seen for seen in browser.requests if seen.url == url]
+
+
+def unused_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def wait_until(condition: Callable[[], bool], timeout: float = 10.0) -> None:
+    """Polls; AssertionError after `timeout` seconds."""
+    until = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < until, f"not within {timeout} s"
+        time.sleep(0.05)
+
+
+def open_demo(browser: Browser, service: Service, model: str, mode: str) -> None:
+    """Opens the demo page as a person would, and makes the two choices."""
+    browser.open(service.url + "/")
+    browser.wait_for("document.getElementById('model').options.length > 1")
+    browser.choose("model", model)
+    browser.choose("format", mode)
+
+
+def assert_harmless(browser: Browser, service: Service) -> None:
+    """The page spoke to its own origin alone, and neither broke nor tried what its policy forbids."""
+    assert {seen.origin for seen in browser.requests} == {service.url}
+    assert browser.complaints == []
