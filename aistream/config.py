@@ -7,7 +7,6 @@ do not show in `repr` or in a message. `manual()` is the text of `.env.example`,
 from __future__ import annotations
 
 import base64
-import binascii
 import dataclasses
 import re
 import textwrap
@@ -26,6 +25,8 @@ LOOPBACK_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 _LOOPBACK_HOSTS = {"localhost", "127.0.0.1", "::1"}
 _PLACEHOLDERS = re.compile(r"change.?me|your.?(jwt.?)?secret|example|placeholder|replace.?(me|this)", re.IGNORECASE)
 _SECRET_BYTES = 32
+#: An origin as `origin_of` writes it. flask-cors would take one with other characters for a regular expression.
+_ORIGIN = re.compile(r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?")
 
 
 class _Bad(ValueError):
@@ -96,7 +97,8 @@ def _choice(*allowed: str) -> Callable[[str], str]:
 
 
 def _secret(value: str) -> str:
-    if value and len(value.encode()) < _SECRET_BYTES:
+    # os.environ has bytes that are no UTF-8 as lone surrogates, with which nothing can be signed: they count for nothing.
+    if (value and len(value.encode(errors="ignore")) < _SECRET_BYTES) or not value.isprintable():
         raise _Bad(f"at least {_SECRET_BYTES} random bytes, for example from: openssl rand -hex 32")
     if "-----BEGIN" in value:
         raise _Bad("a random secret, not a PEM key: HMAC with a public key lets everybody sign")
@@ -109,7 +111,7 @@ def _webhook_secret(value: str) -> bytes:
         return b""
     try:
         secret = base64.b64decode(value.removeprefix("whsec_"), validate=True)
-    except binascii.Error:
+    except ValueError:  # of which binascii.Error is one, and what is not ASCII another
         secret = b""
     if not 24 <= len(secret) <= 64:
         raise _Bad("whsec_ followed by 24 to 64 random bytes in base64 (Standard Webhooks)")
@@ -122,7 +124,7 @@ def _base_url(value: str) -> str:
     parts = _http_url(value)
     if parts.scheme == "http" and parts.hostname not in _LOOPBACK_HOSTS:
         raise _Bad("an https:// URL (http:// only for this machine itself)")
-    if parts.query or parts.fragment:
+    if "?" in value or "#" in value:
         raise _Bad("a URL without query and fragment")
     return value.rstrip("/")
 
@@ -138,7 +140,7 @@ def _http_url(value: str) -> Any:
         valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port)
     except ValueError:
         valid = False
-    if not valid or parts.username is not None:
+    if not valid or parts.username is not None or not re.fullmatch(r"[!-~]+", value):
         raise _Bad("a full URL such as https://ai.example.com")
     return parts
 
@@ -161,7 +163,7 @@ def _origins(value: str) -> tuple[str, ...]:
             origin = origin_of(item)
         except ValueError:
             origin = ""
-        if not origin or urlsplit(item).path not in ("", "/") or "@" in item or "?" in item or "#" in item:
+        if not _ORIGIN.fullmatch(origin) or urlsplit(item).path not in ("", "/") or re.search("[@?#]", item):
             raise _Bad("origins separated by commas, each exact, such as https://chat.example.com (no *, no path)")
         origins.append(origin)
     return tuple(origins)
@@ -180,7 +182,12 @@ def _schedule(value: str) -> tuple[float, ...]:
 def _redis_url(value: str) -> str:
     if not value or value == "memory://":
         return ""
-    if urlsplit(value).scheme not in ("redis", "rediss", "unix"):
+    try:
+        parts = urlsplit(value)
+        valid = parts.scheme in ("redis", "rediss", "unix") and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid:
         raise _Bad("redis://, rediss:// or unix://, or memory:// for the embedded store")
     return value
 
@@ -342,6 +349,11 @@ class Config:
         found: list[tuple[str, str]] = []
         if not self.jwt_secret:
             found.append(("JWT_SECRET", "is not set: expected at least 32 random bytes (make env writes a .env with one)"))
+        size = int(self.jwt_algorithm[2:]) // 8
+        if self.jwt_secret and len(self.jwt_secret.encode()) < size:
+            # RFC 7518 3.2; PyJWT warns at each token otherwise.
+            text = f"has {len(self.jwt_secret.encode())} bytes: expected at least {size} random bytes for {self.jwt_algorithm}"
+            found.append(("JWT_SECRET", text))
         if self.web_concurrency > 1 and self.embedded_store:
             found.append(
                 (
@@ -358,8 +370,9 @@ class Config:
                     )
                 )
             return found
-        if _PLACEHOLDERS.search(self.jwt_secret):
-            found.append(("JWT_SECRET", "is a placeholder: expected at least 32 random bytes"))
+        for name, secret in (("JWT_SECRET", self.jwt_secret), ("JWT_SECRET_PREVIOUS", self.jwt_secret_previous)):
+            if _PLACEHOLDERS.search(secret):
+                found.append((name, "is a placeholder: expected at least 32 random bytes"))
         if not self.base_url:
             found.append(("BASE_URL", "is not set: expected the address browsers use, such as https://ai.example.com"))
         if not self.resume_url_allowed_origins:

@@ -87,7 +87,7 @@ class Log:
         return "".join([event.text for event in self.events if isinstance(event, Text)])
 
     def add_waiter(self, waiter: Waiter[Any]) -> None:
-        """Registers a reader that is about to wait. It is woken once, by the next append."""
+        """Registers a reader that is about to wait. It is woken once, by the next append, and gets True."""
         self._waiters.append(waiter)
 
     def discard_waiter(self, waiter: Waiter[Any]) -> None:
@@ -102,7 +102,7 @@ class Log:
             run = get_hub().loop.run_callback
             for waiter in waiters:
                 # In the hub, not here: the writer goes on first, so that one wake-up covers all it has.
-                run(waiter.switch, None)
+                run(waiter.switch, True)
 
     def drop(self) -> None:
         """Declares this copy void and sends its readers back to the store."""

@@ -11,6 +11,7 @@ import socket
 import ssl
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 import requests
 import urllib3
@@ -27,11 +28,18 @@ TIMEOUT = (5.0, 30.0)
 MAX_ANSWER_BYTES = 64 * 1024
 
 #: Never a callback's goal, whatever is configured: link-local (with the clouds' metadata services), "this network",
-#: multicast, and AWS's metadata address over IPv6.
+#: multicast, and the metadata addresses outside them: AWS over IPv6, Alibaba, Oracle, and link-local through NAT64.
 _REFUSED = [
     ipaddress.ip_network(net)
-    for net in ("169.254.0.0/16", "fe80::/10", "0.0.0.0/8", "::/128", "224.0.0.0/4", "ff00::/8", "fd00:ec2::/32")
+    for net in (
+        *("169.254.0.0/16", "fe80::/10", "0.0.0.0/8", "::/128", "224.0.0.0/4", "ff00::/8", "fd00:ec2::/32"),
+        *("100.100.100.200/32", "192.0.0.192/32", "64:ff9b::a9fe:0/112"),
+    )
 ]
+
+
+#: Carries the target past urllib3; never sent.
+_TARGET = ":target"
 
 
 class SendFailed(Exception):
@@ -60,7 +68,7 @@ class Outbound:
         # keep cookies and write the URL anew, all of which a callback must not have.
         asked = requests.PreparedRequest()
         asked.method, asked.url, asked.body = "POST", url, body
-        asked.headers = CaseInsensitiveDict({**headers, "Content-Length": str(len(body)), "Accept": "*/*"})
+        asked.headers = CaseInsensitiveDict({**headers, "Content-Length": str(len(body)), "Accept": "*/*", _TARGET: _target(url)})
         try:
             with self._adapter.send(asked, stream=True, timeout=TIMEOUT) as response:
                 return Answer(
@@ -73,6 +81,8 @@ class Outbound:
             raise SendFailed("connecting timed out", sent=False) from error
         except requests.Timeout as error:
             raise SendFailed("no answer in time", sent=True) from error
+        except requests.exceptions.InvalidURL as error:
+            raise SendFailed("the address cannot be used", sent=False) from error
         except requests.RequestException as error:
             reason, sent = _what_broke(error)
             raise SendFailed(reason, sent=sent) from error
@@ -80,6 +90,11 @@ class Outbound:
     def close(self) -> None:
         """Closes the kept connections."""
         self._adapter.close()
+
+
+def _target(url: str) -> str:
+    parts = urlsplit(url)
+    return (parts.path or "/") + (f"?{parts.query}" if "?" in url else "")
 
 
 def _beginning(response: requests.Response) -> str:
@@ -125,9 +140,16 @@ class _Checked(HTTPConnection):
             return False
         return False  # closed, or bytes that nobody asked for
 
+    def request(self, method: str, url: str, body: Any = None, headers: Any = None, **options: Any) -> None:
+        """Sends the target as it was given: urllib3 has written its escapes anew."""
+        headers = dict(headers or {})
+        super().request(method, headers.pop(_TARGET, url), body, headers, **options)
+
     def _new_conn(self) -> socket.socket:
         try:
-            found = socket.getaddrinfo(self.host.strip("[]"), self.port, type=socket.SOCK_STREAM)
+            host = self.host.strip("[]")
+            host.encode("idna")  # as the resolver does, where gevent would print what it raises
+            found = socket.getaddrinfo(host, self.port, type=socket.SOCK_STREAM)
             error: OSError = OSError("the name has no address")
             for *_, address in found:
                 try:
@@ -140,7 +162,7 @@ class _Checked(HTTPConnection):
             raise error
         except TimeoutError as error:
             raise urllib3.exceptions.ConnectTimeoutError(self, "connecting timed out") from error
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             raise urllib3.exceptions.NewConnectionError(self, "could not connect") from error
 
 

@@ -6,6 +6,8 @@ never read from a token (RFC 8725 3.1). The kinds cannot pass for each other: a 
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +41,12 @@ class Tokens:
     def verify_caller(self, token: str | None) -> Caller:
         """The caller that n8n's token names. Raises Unauthorized with a code that says what is wrong with it."""
         claims = self._verify(token, audience=self._audience or None, issuer=self._issuer or None)
-        return Caller(subject=str(claims.get("sub", "")))
+        subject = str(claims.get("sub", ""))
+        try:
+            subject.encode()
+        except UnicodeEncodeError:  # half a surrogate pair: no store can hold it
+            raise _malformed() from None
+        return Caller(subject)
 
     def sign_caller(self, subject: str, expires_at: int, audience: str = "", issuer: str = "") -> str:
         """A token as n8n would sign it; `expires_at` in seconds since 1970. Missing audience and issuer: the configured ones."""
@@ -66,31 +73,20 @@ class Tokens:
         algorithm = "HS256" if viewer else self._algorithm
         try:
             decoded = self._decode(token, audience, issuer, algorithm)
-            if (decoded["header"].get("typ") == VIEWER_TYPE) is not viewer:
-                raise Unauthorized("This is a token for something else.", code="token_wrong_kind")
-            claims: dict[str, Any] = decoded["payload"]
-            return claims
-        except jwt.InvalidAlgorithmError:
-            raise _wrong_algorithm(token, algorithm) from None
-        except jwt.ExpiredSignatureError:
-            raise Unauthorized("The token has expired (exp lies in the past).", code="token_expired") from None
-        except jwt.MissingRequiredClaimError as error:
-            raise Unauthorized(_missing(token, error.claim), code="token_claim_missing") from None
-        except jwt.ImmatureSignatureError:
-            raise Unauthorized(
-                "The token is not valid yet (nbf or iat lies in the future).", code="token_not_yet_valid"
-            ) from None
-        except jwt.InvalidAudienceError:
-            raise Unauthorized("The token's aud is not the one configured as JWT_AUDIENCE.", code="token_audience") from None
-        except jwt.InvalidIssuerError:
-            raise Unauthorized("The token's iss is not the one configured as JWT_ISSUER.", code="token_issuer") from None
-        except jwt.InvalidSignatureError:
-            raise Unauthorized("The token's signature does not match JWT_SECRET.", code="token_signature") from None
-        except (jwt.PyJWTError, ValueError, RecursionError):
-            raise Unauthorized("The token is not a valid JWT.", code="token_malformed") from None
+        except (jwt.PyJWTError, ValueError, RecursionError) as error:
+            raise _refusal(error, token, algorithm, viewer) from None
+        if (decoded["header"].get("typ") == VIEWER_TYPE) is not viewer:
+            raise _wrong_kind()
+        claims: dict[str, Any] = decoded["payload"]
+        return claims
 
     def _decode(self, token: str, audience: str | None, issuer: str | None, algorithm: str) -> dict[str, Any]:
-        required = ["exp", *(["aud"] if audience else []), *(["iss"] if issuer else [])]
+        required = [
+            "exp",
+            *(["aud"] if audience else []),
+            *(["iss"] if issuer else []),
+            *(["sub"] if audience == VIEWER_AUDIENCE else []),
+        ]
         for secret in self._secrets:
             try:
                 return jwt.decode_complete(
@@ -107,12 +103,61 @@ class Tokens:
         raise jwt.InvalidSignatureError
 
 
-def _wrong_algorithm(token: str, expected: str) -> Unauthorized:
-    named = jwt.get_unverified_header(token).get("alg")
-    if str(named).lower() == "none":
-        return Unauthorized(f"The token is unsigned (alg none): expected {expected}.", code="token_unsigned")
-    known = str(named) if named in jwt.algorithms.get_default_algorithms() else "unknown to us"
-    return Unauthorized(f"The token's algorithm is {known}: expected {expected}.", code="token_algorithm")
+def _wrong_kind() -> Unauthorized:
+    return Unauthorized("This is a token for something else.", code="token_wrong_kind")
+
+
+def _malformed() -> Unauthorized:
+    return Unauthorized("The token is not a valid JWT.", code="token_malformed")
+
+
+#: Of PyJWT's errors, those that say all there is to say.
+_PLAIN: tuple[tuple[type[jwt.PyJWTError], str, str], ...] = (
+    (jwt.ExpiredSignatureError, "token_expired", "The token has expired (exp lies in the past)."),
+    (jwt.ImmatureSignatureError, "token_not_yet_valid", "The token is not valid yet (nbf or iat lies in the future)."),
+    (jwt.InvalidAudienceError, "token_audience", "The token's aud is not the one configured as JWT_AUDIENCE."),
+    (jwt.InvalidIssuerError, "token_issuer", "The token's iss is not the one configured as JWT_ISSUER."),
+    (jwt.InvalidSignatureError, "token_signature", "The token's signature does not match JWT_SECRET."),
+)
+#: Every algorithm that a JWT library may have offered (RFC 7518 3.1, RFC 8037); PyJWT alone knows fewer.
+_KNOWN = re.compile(r"(HS|RS|ES|PS)(256|384|512)|ES256K|EdDSA")
+
+
+def _refusal(error: Exception, token: str, expected: str, viewer: bool) -> Unauthorized:
+    """What is wrong with a token, in words for who signed it. Nothing in it is trusted here, only named."""
+    try:
+        header = jwt.get_unverified_header(token)
+    except (jwt.PyJWTError, ValueError, RecursionError):
+        return _malformed()
+    if (header.get("typ") == VIEWER_TYPE) is not viewer:
+        return _wrong_kind()
+    if isinstance(error, jwt.InvalidAlgorithmError):
+        named = str(header.get("alg"))
+        if named.lower() == "none":
+            return Unauthorized(f"The token is unsigned (alg none): expected {expected}.", code="token_unsigned")
+        known = named if _KNOWN.fullmatch(named) else "unknown to us"
+        return Unauthorized(f"The token's algorithm is {known}: expected {expected}.", code="token_algorithm")
+    if isinstance(error, jwt.MissingRequiredClaimError):
+        return Unauthorized(_missing(token, error.claim), code="token_claim_missing")
+    for kind, code, sentence in _PLAIN:
+        if isinstance(error, kind):
+            return Unauthorized(sentence, code=code)
+    return _wrong_claim(token)
+
+
+def _wrong_claim(token: str) -> Unauthorized:
+    """Which claim has a type that it may not have, if that is what is wrong: n8n's expressions give ISO dates and numbers."""
+    try:
+        claims = jwt.decode(token, options={"verify_signature": False})
+    except (jwt.PyJWTError, ValueError, RecursionError):
+        return _malformed()
+    for name in ("exp", "nbf", "iat"):
+        value = claims.get(name, 0)
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            return Unauthorized(f"The token's {name} is not a number of seconds since 1970.", code="token_malformed")
+    if not isinstance(claims.get("sub", ""), str):
+        return Unauthorized("The token's sub is not text.", code="token_malformed")
+    return _malformed()
 
 
 def _missing(token: str, claim: str) -> str:

@@ -6,7 +6,6 @@ nobody else's.
 
 from __future__ import annotations
 
-import errno
 import socket
 import time
 from collections.abc import Callable, Generator
@@ -113,11 +112,13 @@ class Viewer:
         def readable() -> None:
             try:
                 closed = plain.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-            except OSError as error:
-                closed = error.errno not in (errno.EAGAIN, errno.EINTR)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError:
+                closed = True
             if closed:
                 self.leave()
-            self._unwatch()  # more bytes from the client would only wake us again
+            self._unwatch()  # bytes of a next request would only wake us again and again
 
         self._watcher = get_hub().loop.io(sock.fileno(), 1)
         self._watcher.start(readable)

@@ -79,9 +79,12 @@ def init_app(app: Flask, config: Config) -> None:
     """Gives an app what all its routes share."""
     app.config["MAX_CONTENT_LENGTH"] = config.max_body_bytes
     app.url_map.strict_slashes = False
+    origins = [*map(re.escape, config.allowed_origins), *([LOOPBACK_ORIGIN] if config.dev_mode else [])]
     CORS(
         app,
-        origins=[*config.allowed_origins, *([rf"^{LOOPBACK_ORIGIN}\Z"] if config.dev_mode else [])],
+        # Compiled, since flask-cors takes a string with brackets (an IPv6 address) for a regular expression.
+        origins=[re.compile(rf"{one}\Z", re.IGNORECASE) for one in origins],
+        always_send=False,  # who sends no Origin is no page: it is not told the list
         allow_headers=["Authorization", "Cache-Control", "Content-Type", "Last-Event-ID"],
         expose_headers=["Retry-After", "X-Request-ID"],
         methods=["GET", "POST"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from urllib.parse import urlsplit
 import pydantic_core
 from flask import Blueprint, Response, request
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from werkzeug.exceptions import RequestEntityTooLarge
 
 from aistream.api import bearer, json_response, parts
 from aistream.callback import timestamp
@@ -29,12 +31,13 @@ MAX_URL_CHARS = 2_048
 
 def _no_nul(text: str) -> str:
     if "\0" in text:
-        raise ValueError("text without the character NUL")
+        raise ValueError("expected text without the character NUL")
     return text
 
 
 Text = Annotated[str, AfterValidator(_no_nul)]
 Name = Annotated[str, StringConstraints(max_length=512), AfterValidator(_no_nul)]
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=200), AfterValidator(_no_nul)]
 #: Echoed in the type it came in. JSON has no NaN, and `true` is no number.
 Echoed = Name | int | float | None
 
@@ -64,11 +67,7 @@ class InitRequest(BaseModel):
     system: Text | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    stop: (
-        Annotated[str, StringConstraints(min_length=1, max_length=200)]
-        | Annotated[list[Annotated[str, StringConstraints(min_length=1, max_length=200)]], Field(max_length=4)]
-        | None
-    ) = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     metadata: dict[str, Any] | None = None
     format: Literal["text", "json"] | None = None
 
@@ -92,6 +91,8 @@ def read_body(raw: bytes) -> dict[str, Any]:
             code="unsupported_media_type",
             title="Not JSON",
         )
+    if request.content_length is None and len(raw) >= parts().config.max_body_bytes:
+        raise RequestEntityTooLarge  # werkzeug cuts a chunked body at the limit, and says nothing
     try:
         body = pydantic_core.from_json(raw, allow_inf_nan=False, cache_strings="none")
     except ValueError as error:
@@ -193,15 +194,28 @@ def _further(body: dict[str, Any], config: Config) -> Iterator[Fault]:
     history = sum(len(text) for text in _history(body))
     if history > config.max_prompt_chars:
         yield Fault(
-            "messages",
-            f"and system have {history} characters: expected at most {config.max_prompt_chars} (MAX_PROMPT_CHARS)",
+            "messages" if body.get("messages") else "system",
+            f"has {history} characters in system and messages: expected at most {config.max_prompt_chars} (MAX_PROMPT_CHARS)",
         )
-    if body.get("metadata") is not None and len(pydantic_core.to_json(body["metadata"])) > MAX_METADATA_CHARS:
-        yield Fault("metadata", f"is too large: expected at most {MAX_METADATA_CHARS} bytes of JSON")
+    if body.get("metadata") is not None:
+        written = pydantic_core.to_json(body["metadata"], inf_nan_mode="constants")
+        if len(written) > MAX_METADATA_CHARS:
+            yield Fault("metadata", f"is too large: expected at most {MAX_METADATA_CHARS} bytes of JSON")
+        elif not _finite(written):
+            yield Fault("metadata", "has a number beyond all bounds: expected finite numbers")
     if isinstance(url, str) and url:
         expected = _resume_url_fault(url, config)
         if expected:
             yield Fault("resumeUrl", expected)
+
+
+def _finite(written: bytes) -> bool:
+    # 1e400 is read as infinite and would be written as null.
+    try:
+        pydantic_core.from_json(written, allow_inf_nan=False)
+    except ValueError:
+        return False
+    return True
 
 
 def _history(body: dict[str, Any]) -> Iterator[str]:
@@ -214,6 +228,7 @@ def _resume_url_fault(url: str, config: Config) -> str | None:
     try:
         parts_ = urlsplit(url)
         origin = origin_of(url)
+        (parts_.hostname or "").encode("idna")  # as the resolver will: an empty or overlong label is a ValueError
     except ValueError:
         return "is not an http URL: expected n8n's $execution.resumeUrl"
     if not url.isascii() or any(c <= " " or c == "\x7f" or c == "\\" for c in url):
@@ -254,8 +269,8 @@ def _named(error: ValidationError) -> list[Fault]:
             faults[top] = _ALTERNATIVES[top]
             continue
         field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in one["loc"]).removeprefix(".")
-        message = _EXPECTED.get(one["type"]) or one["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-        faults.setdefault(field, message if " " in message else f"expected {message}")
+        message = _EXPECTED.get(one["type"]) or one["msg"].removeprefix("Value error, ").removesuffix(" after validation")
+        faults.setdefault(field, re.sub(r"^(Input should be|String should have|List should have)", "expected", message))
     return [Fault(field, message[:1].lower() + message[1:]) for field, message in faults.items()]
 
 

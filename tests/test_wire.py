@@ -1,0 +1,239 @@
+"""The two places where bytes from outside come in: a provider's event stream, and the answers and addresses of callbacks."""
+
+import itertools
+from collections.abc import Iterable
+
+import httpx
+import msgspec
+import pytest
+from httpx_sse import EventSource
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aistream.errors import ProviderFailed
+from aistream.outbound import ForbiddenAddress, Outbound, SendFailed, check_address
+from aistream.providers import wire
+from aistream.providers.wire import ServerEvent, server_events
+
+#: No deadline: the machine may be busy with something else.
+EXAMPLES = settings(deadline=None)
+
+
+def flat(chunks: Iterable[bytes]) -> list[ServerEvent]:
+    """The events of a stream that arrives in these chunks."""
+    return list(itertools.chain.from_iterable(server_events(chunks)))
+
+
+OPENAI = (
+    'data: {"choices":[{"delta":{"content":"Grüße 😀"}}]}\n\n'
+    ": OPENROUTER PROCESSING\n\n"
+    'data: {"choices":[{"delta":{"content":"\\n\\n: x"}}]}\n\n'
+    "data: [DONE]\n\n"
+).encode()
+ANTHROPIC = (
+    b'event: message_start\ndata: {"type":"message_start"}\n\n'
+    b'event: ping\ndata: {"type":"ping"}\n\n\n'
+    b'event: content_block_delta\ndata: {"type":"content_block_delta","delta":{"text":"a"}}\n\n'
+    b'id: 7\nretry: 5\nevent: error\ndata:{"type":"error"}\n\n'
+)
+LINES = b"\n\nevent\ndata\n\ndata: a\ndata: \ndata:  b\n\nevent: alone\n\n:\n:\ndata:x\n\nfield: y\ndata: z\n\ndata: cut off"
+
+STREAMS = pytest.mark.parametrize(
+    "stream",
+    [
+        OPENAI,
+        ANTHROPIC,
+        LINES,
+        OPENAI.replace(b"\n", b"\r\n"),
+        ANTHROPIC.replace(b"\n", b"\r\n"),
+        LINES.replace(b"\n", b"\r\n"),
+        ANTHROPIC.replace(b"\n", b"\r"),
+        LINES.replace(b"\n", b"\r"),
+    ],
+    ids=["openai", "anthropic", "lines", "openai crlf", "anthropic crlf", "lines crlf", "anthropic cr", "lines cr"],
+)
+
+
+@STREAMS
+def test_a_stream_cut_anywhere_has_the_events_of_the_uncut_one(stream: bytes) -> None:
+    uncut = flat([stream])
+
+    assert uncut != []
+    for place in range(len(stream) + 1):
+        assert flat([stream[:place], stream[place:]]) == uncut, f"cut at byte {place}"
+    assert flat(stream[i : i + 1] for i in range(len(stream))) == uncut
+
+
+@STREAMS
+def test_empty_chunks_change_nothing(stream: bytes) -> None:
+    assert flat([b"", *(part for i in range(len(stream)) for part in (stream[i : i + 1], b""))]) == flat([stream])
+
+
+def test_the_events_are_those_that_stand_there() -> None:
+    assert flat([ANTHROPIC]) == [
+        (b"message_start", b'{"type":"message_start"}'),
+        (b"ping", b'{"type":"ping"}'),
+        (b"content_block_delta", b'{"type":"content_block_delta","delta":{"text":"a"}}'),
+        (b"error", b'{"type":"error"}'),
+    ]
+    assert flat([LINES]) == [(b"", b""), (b"", b"a\n\n b"), (b"", b"x"), (b"", b"z")]
+
+
+def test_each_step_gives_all_that_its_chunk_completed() -> None:
+    chunks = [b"data: 1\n\ndata: 2\n\nda", b"ta: 3", b"\n", b"\ndata: 4\n\n"]
+
+    assert [[event.data for event in step] for step in server_events(chunks)] == [[b"1", b"2"], [b"3", b"4"]]
+
+
+def test_an_event_that_the_end_cuts_off_is_none() -> None:
+    assert flat([b"data: 1\n\ndata: 2\n"]) == [(b"", b"1")]
+    assert flat([b"data: 1\n\ndata: 2"]) == [(b"", b"1")]
+
+
+@EXAMPLES
+@given(
+    st.lists(st.sampled_from(["data: ", "data:", "event: ", ": ", "id: 1", "x", "é😀", "{", " ", "\u2028", "NL", "NL", "NLNL"])),
+    st.sampled_from(["\n", "\r\n"]),
+    st.lists(st.integers(1, 9), max_size=30),
+)
+def test_any_stream_in_any_pieces_is_read_as_an_independent_decoder_reads_it(parts: list[str], end: str, cuts: list[int]) -> None:
+    stream = ("".join(parts) + "NLNL").replace("NL", end).encode()
+    places = [0, *itertools.accumulate(cuts), len(stream)]
+    response = httpx.Response(200, headers={"Content-Type": "text/event-stream; charset=utf-8"}, content=stream)
+
+    events = flat(stream[begin:stop] for begin, stop in itertools.pairwise(places))
+
+    expected = [(event.event, event.data) for event in EventSource(response).iter_sse()]
+    assert [(event.name.decode() or "message", event.data.decode()) for event in events if event.data] == [
+        (name, data) for name, data in expected if data
+    ]
+
+
+# ---- A provider's JSON ----
+
+
+class Delta(msgspec.Struct):
+    """What a provider's object is decoded into here."""
+
+    text: str | None = None
+    count: int = 0
+
+
+DECODER = msgspec.json.Decoder(Delta)
+
+
+@pytest.mark.parametrize(
+    ("data", "delta"),
+    [
+        (b"{}", Delta()),
+        (b'{"text":null,"unknown":{"a":[1]}}', Delta()),
+        (b'{"text":"\\ud83d\\ude00\\u0000"}', Delta("😀\0")),
+        (b'{"text":"\\ud83d"}', Delta("\ud83d")),
+        (b'{"text":"\\ude00x","count":2}', Delta("\ude00x", 2)),
+    ],
+)
+def test_a_providers_json_is_decoded_also_where_a_character_is_cut_in_half(data: bytes, delta: Delta) -> None:
+    assert wire.decode(data, DECODER) == delta
+
+
+@pytest.mark.parametrize("data", [b"", b"x", b"[1]", b"null", b'{"text":5}', b'{"text":"', b'{"text":"\xff"}', b"[" * 100_000])
+def test_what_is_no_such_json_is_malformed(data: bytes) -> None:
+    with pytest.raises(ProviderFailed) as failed:
+        wire.decode(data, DECODER)
+
+    assert (failed.value.code, failed.value.retryable) == ("upstream_malformed", True)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        ({"type": "overloaded_error", "message": "sk-secret"}, "provider_overloaded", ["overloaded_error"]),
+        ({"code": "insufficient_quota", "type": "insufficient_quota"}, "provider_quota", ["insufficient_quota"] * 2),
+        ({"code": "rate_limit_exceeded", "type": "tokens"}, "provider_rate_limited", ["rate_limit_exceeded", "tokens"]),
+        ({"type": "a new one, with org-1234"}, "provider_unavailable", [""]),
+        ({"type": ["x"], "code": 429}, "provider_unavailable", []),
+        ("text", "provider_unavailable", []),
+        ([], "provider_unavailable", []),
+        (None, "provider_unavailable", []),
+    ],
+)
+def test_an_error_event_is_named_by_its_type_and_quoted_nowhere(error: object, code: str, words: list[str]) -> None:
+    failed = wire.error_event(error)
+
+    assert (failed.code, failed.log_detail) == (code, {"provider_error": words})
+    assert "secret" not in failed.message
+
+
+# ---- Where callbacks may go ----
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "169.254.169.254",  # the metadata service of most clouds
+        "169.254.0.1",
+        "169.254.255.255",
+        "fe80::1",
+        "fe80::1%eth0",
+        "febf::ffff",
+        "fd00:ec2::254",  # AWS over IPv6
+        "0.0.0.0",
+        "0.1.2.3",
+        "::",
+        "224.0.0.1",
+        "239.255.255.255",
+        "ff02::1",
+        "::ffff:169.254.169.254",
+        "::ffff:a9fe:a9fe",
+        "::ffff:0.0.0.0",
+    ],
+)
+def test_a_callback_never_goes_to(address: str) -> None:
+    with pytest.raises(ForbiddenAddress):
+        check_address(address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "100.100.100.200",  # Alibaba Cloud
+        "192.0.0.192",  # Oracle Cloud Classic
+        "64:ff9b::a9fe:a9fe",  # 169.254.169.254 through NAT64, which networks without IPv4 have
+    ],
+)
+def test_a_callback_never_goes_to_the_metadata_service_of(address: str) -> None:
+    with pytest.raises(ForbiddenAddress):
+        check_address(address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("127.0.0.1", "10.0.0.5", "172.18.0.3", "192.168.1.2", "100.64.0.1", "93.184.216.34", "::1", "fd00::5", "fd00:ec1::254"),
+        *("2606:2800:220:1::1", "::ffff:10.0.0.5", "169.253.255.255", "169.255.0.1", "1.0.0.0", "223.255.255.255"),
+    ],
+)
+def test_a_callback_may_go_to(address: str) -> None:
+    check_address(address)
+
+
+@pytest.mark.parametrize("host", ["169.254.169.254", "[::ffff:169.254.169.254]", "2852039166", "0xA9FEA9FE", "0.0.0.0", "[::]"])
+def test_a_forbidden_address_is_refused_however_it_is_written(host: str) -> None:
+    outbound = Outbound(pool_size=1)
+
+    with pytest.raises(SendFailed) as failed:
+        outbound.post(f"http://{host}/latest/meta-data", b"{}", {})
+
+    outbound.close()
+    assert (failed.value.reason, failed.value.sent) == ("the address is not allowed", False)
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 64, ".", "[v1.a]", "*"])
+def test_a_host_that_cannot_be_reached_fails_as_not_sent(host: str) -> None:
+    outbound = Outbound(pool_size=1)
+
+    with pytest.raises(SendFailed) as failed:
+        outbound.post(f"http://{host}/", b"{}", {})
+
+    outbound.close()
+    assert failed.value.sent is False
