@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import gevent
+import hypothesis  # noqa: F401  # its plugin would import it at the end, when gc.freeze() hides what it looks for
 import pytest
 import redis
 
