@@ -17,7 +17,7 @@ help:  ## list the targets
 		printf '  make %-8s %s\n' "$$target" "$$text"; done
 
 run: runtime  ## start the service for development, on http://127.0.0.1:8000 (PORT is respected)
-	@DEV_MODE=true exec $(BIN)/gunicorn wsgi:app
+	@DEV_MODE=true DRAIN_SECONDS=$${DRAIN_SECONDS:-2} exec $(BIN)/gunicorn wsgi:app
 
 test: dev  ## run all checks and tests, installing what they need (PYTEST_ARGS="-k name")
 	@scripts/ensure-test-tools $(VENV)
