@@ -10,7 +10,7 @@ from typing import Any
 
 from gevent.hub import Waiter, get_hub
 
-from aistream.events import Cursor, Ending, Event, Text, is_ending
+from aistream.events import Cursor, Event, Text, is_ending
 from aistream.sse import ENCODERS, Mode
 
 
@@ -37,11 +37,6 @@ class Log:
     def last(self) -> Cursor | None:
         """The cursor of the last event."""
         return self.cursors[-1] if self.cursors else None
-
-    @property
-    def ending(self) -> Ending | None:
-        """The last event, where it is an ending."""
-        return self.events[-1] if self.ended else None  # type: ignore[return-value]  # `ended` says so
 
     def append(self, cursor: Cursor, event: Event) -> None:
         """Adds an event and wakes the readers. Without yielding."""

@@ -1,11 +1,14 @@
 """One answer from init to callback, over real sockets, with both providers."""
 
+from collections.abc import Callable
+
+import httpx
 import pytest
 from gevent.pool import Pool
 
 from tests.neighbours.provider import ProviderServer
 from tests.neighbours.receiver import Receiver
-from tests.service import Service, text_of
+from tests.service import SECRET, Service, n8n_token, text_of, wait_until
 
 SEED_FIELDS = {"userId", "chatId", "prompt", "answer", "input_tokens", "output_tokens"}
 
@@ -38,3 +41,24 @@ def test_a_hundred_first_connects_start_one_generation_and_all_get_the_whole_tex
     (callback,) = n8n.wait_for(1)
     assert len(provider.requests(model)) == 1
     assert set(answers) == {callback.json["answer"]} != {""}
+
+
+def test_nothing_secret_reaches_the_log_at_any_level(
+    start_service: Callable[..., Service], provider: ProviderServer, n8n: Receiver
+) -> None:
+    service = start_service(LOG_LEVEL="debug", **provider.environ)
+    token = n8n_token()
+    canaries = {"prompt": "CANARYPROMPT", "system": "CANARYSYSTEM", "userId": "CANARYUSER", "metadata": {"k": "CANARYMETADATA"}}
+    url = service.stream_url(model="gpt-test-say", n8nToken=token, resumeUrl=n8n.url("/w?signature=CANARYSIGNATURE"), **canaries)
+
+    service.read(url)
+    service.read(service.stream_url(model="gpt-test-status-s401", n8nToken=token, **canaries))
+    service.init(n8nToken=token, **{**canaries, "prompt": "CANARYPROMPT\0", "model": "CANARYMODEL"})
+    httpx.post(f"{service.url}/init-stream", content=b'{"prompt": "CANARYPROMPT', headers={"Content-Type": "application/json"})
+    httpx.get(f"{service.url}/stream/no-id?access_token=CANARYTOKEN")
+
+    n8n.wait_for(1)
+    wait_until(lambda: service.lines("callback.attempted"))
+    keys = [value for name, value in provider.environ.items() if name.endswith("KEY")]
+    for secret in ["CANARY", token, url.split("access_token=")[1], SECRET, *keys]:
+        assert secret not in service.log

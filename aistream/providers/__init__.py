@@ -59,9 +59,6 @@ class Providers:
     def __getitem__(self, name: str) -> Provider:
         return self._providers[name]
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._providers
-
     def route(self, model: str) -> Route:
         """Who serves `model`: an explicit prefix (`openai/…`), the name's own look, or DEFAULT_PROVIDER.
 
