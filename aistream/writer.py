@@ -6,6 +6,8 @@ buffer: the log in memory has it. While Redis is away the number stays where it 
 
 from __future__ import annotations
 
+from itertools import islice
+
 import gevent
 from gevent.event import Event as Signal
 from gevent.lock import BoundedSemaphore
@@ -105,8 +107,8 @@ class LogWriter:
                 return
             refusals = iter(self._store.append(batch))
             for one, span in spans:
-                refused = [refusal for refusal, _ in zip(refusals, span, strict=False) if refusal is not None]
-                if refused:
+                # A list: all of this span must be taken off the iterator, or the next span would read its refusals.
+                if any([refusal is not None for refusal in islice(refusals, len(span))]):
                     self._judge(one)
                 else:
                     one.stored = span.stop
