@@ -1,8 +1,11 @@
 """The two places where bytes from outside come in: a provider's event stream, and the answers and addresses of callbacks."""
 
 import itertools
+import socket
 from collections.abc import Iterable
 
+import gevent
+import httpcore2._utils
 import httpx
 import msgspec
 import pytest
@@ -237,3 +240,19 @@ def test_a_host_that_cannot_be_reached_fails_as_not_sent(host: str) -> None:
 
     outbound.close()
     assert failed.value.sent is False
+
+
+def test_the_sdks_pool_tells_a_good_connection_from_a_closed_one_without_the_hub() -> None:
+    ours, theirs = socket.socketpair()
+    switches = gevent.get_hub().loop.iteration
+
+    idle = httpcore2._utils.is_socket_readable(ours)
+    theirs.send(b"x")
+    waiting = httpcore2._utils.is_socket_readable(ours)
+    ours.recv(1)
+    theirs.close()
+    closed = httpcore2._utils.is_socket_readable(ours)
+
+    ours.close()
+    assert (idle, waiting, closed) == (False, True, True)
+    assert gevent.get_hub().loop.iteration == switches

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import json
 import re
+import select
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
 
+import httpcore2._utils
 import httpx2
 import msgspec
+from gevent import monkey
 
 from aistream.errors import ProviderFailed
 
@@ -23,6 +27,14 @@ T = TypeVar("T")
 TIMEOUT = httpx2.Timeout(connect=10.0, read=60.0, write=30.0, pool=10.0)
 #: The SDKs' own default of 1,000 connections would hold the 1,001st stream back in silence.
 LIMITS = httpx2.Limits(max_connections=20_000, max_keepalive_connections=100, keepalive_expiry=30.0)
+
+
+# The pool under the SDKs asks poll() about each of its idle connections at both ends of every request. gevent's poll goes
+# through the hub with two watchers, for up to a hundred connections: a third of a session's CPU. The pool never waits in it
+# (its timeout is 0), so the plain one does.
+setattr(  # noqa: B010  # mypy knows that the name is httpcore2's own
+    httpcore2._utils, "select", SimpleNamespace(poll=monkey.get_original("select", "poll"), POLLIN=select.POLLIN)
+)
 
 
 class ServerEvent(NamedTuple):
