@@ -21,14 +21,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def load(environ: Mapping[str, str] | None = None, root: Path | None = None) -> Config:
-    """The configuration of this process. A variable of the environment wins over `.env`.
+    """The configuration of this process. A variable of the environment wins over `.env`; PYTHON_DOTENV_DISABLED (python-dotenv's
+    own switch) leaves the file out.
 
     In DEV_MODE without JWT_SECRET a random one is made once and kept in `.dev-secret`, so that `make run`, `flask run` and
     `generate_token.py` agree on it. Raises ConfigError.
     """
     environ = os.environ if environ is None else environ
     root = _root() if root is None else root
-    values = {name: value for name, value in dotenv_values(root / ".env").items() if value}
+    disabled = environ.get("PYTHON_DOTENV_DISABLED", "").lower() in ("1", "true", "yes", "on", "t", "y")
+    values = {} if disabled else {name: value for name, value in dotenv_values(root / ".env").items() if value}
     values |= {name: value for name, value in environ.items() if value.strip()}
     if not values.get("JWT_SECRET") and values.get("DEV_MODE", "").strip().lower() in ("true", "1", "yes", "on"):
         values["JWT_SECRET"] = _dev_secret(root / ".dev-secret")

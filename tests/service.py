@@ -69,6 +69,7 @@ class Service:
             "PATH": os.environ["PATH"],
             "HOME": str(self._log.parent),
             "PYTHONUNBUFFERED": "1",
+            "PYTHON_DOTENV_DISABLED": "true",
             "DEV_MODE": "true",
             "JWT_SECRET": SECRET,
             "DRAIN_SECONDS": "5",

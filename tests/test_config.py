@@ -403,6 +403,12 @@ def test_without_env_the_environment_is_enough(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_env_is_left_out_when_dotenv_is_switched_off(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("PORT=9001\n")
+
+    assert load({**PRODUCTION, "PYTHON_DOTENV_DISABLED": "true"}, tmp_path) == production()
+
+
 def test_a_faulty_env_is_told_like_a_faulty_environment(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("DEV_MODE=true\nPORT=x\n")
 

@@ -245,6 +245,7 @@ def _listens(port: int) -> bool:
 
 def test_flask_run_serves_the_same_for_debugging(free_port: int, tmp_path: Path, n8n: Receiver) -> None:
     environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "JWT_SECRET": SECRET, "FLASK_RUN_PORT": str(free_port)}
+    environ["RESUME_URL_ALLOWED_ORIGINS"] = n8n.origin  # a .env beside .flaskenv may name others
     log = (tmp_path / "log").open("w")
     command = [sys.executable, "-m", "flask", "run"]
     process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=log)
