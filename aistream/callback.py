@@ -127,7 +127,7 @@ def payload(session: Session, attempt: int) -> bytes:
             "first_token_at": timestamp(first_token),
             "ended_at": timestamp(session.ended_at),
             "time_to_first_token_ms": outcome.first_token_ms,
-            "duration_ms": outcome.duration_ms,
+            "duration_ms": None if started is None else session.ended_at - started,
         },
         "attempt": attempt,
         "metadata": request.metadata,

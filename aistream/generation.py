@@ -109,14 +109,14 @@ class Generation:
             model=self._model.name,
             usage=usage,
             first_token_ms=None if self._first_token is None else round((self._first_token - self._started) * 1000),
-            duration_ms=round((time.monotonic() - self._started) * 1000),
         )
         ending_id = self._commit(ending, outcome)
         if ending_id is None:
             self.log.drop()
             return
         self.log.append(ending_id, ending)
-        _report(self.session_id, self.epoch, self.request, outcome, ending_id.seq)
+        duration_ms = round((time.monotonic() - self._started) * 1000)
+        _report(self.session_id, self.epoch, self.request, outcome, ending_id.seq, duration_ms)
 
     def _run(self) -> None:
         try:
@@ -275,7 +275,7 @@ class Generations:
             return
         outcome = Outcome(EXPIRED, request.model, Usage(0, 0, source="provider"))
         if isinstance(self.store.finish(session_id, 0, 0, EXPIRED, "", outcome), Finished):
-            _report(session_id, 0, request, outcome, 0)
+            _report(session_id, 0, request, outcome, 0, 0)
             self._on_ended(session_id)
 
     def renew(self) -> None:
@@ -311,7 +311,7 @@ def _estimate(request: Request, answer: str) -> Usage:
     return Usage(-(-said // 4), -(-len(answer) // 4), source="estimated")
 
 
-def _report(session_id: str, epoch: int, request: Request, outcome: Outcome, events: int) -> None:
+def _report(session_id: str, epoch: int, request: Request, outcome: Outcome, events: int, duration_ms: int) -> None:
     ending = outcome.ending
     lines.info(
         "session.ended",
@@ -325,5 +325,5 @@ def _report(session_id: str, epoch: int, request: Request, outcome: Outcome, eve
         input_tokens=outcome.usage.input_tokens,
         output_tokens=outcome.usage.output_tokens,
         first_token_ms=outcome.first_token_ms,
-        duration_ms=outcome.duration_ms,
+        duration_ms=duration_ms,
     )

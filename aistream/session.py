@@ -70,17 +70,19 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Outcome(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How a generation ended, without its text. `*_ms` are milliseconds since the generation began."""
+    """How a generation ended, without its text. `first_token_ms`: milliseconds since it began."""
 
     ending: End | Failed
     model: str
     usage: Usage
     first_token_ms: int | None = None
-    duration_ms: int | None = None
 
 
 class Session(msgspec.Struct, frozen=True):
-    """An ended session as its callback needs it. Points in time are milliseconds since 1970 by Redis's clock."""
+    """An ended session as its callback needs it. Points in time are milliseconds since 1970 by Redis's clock.
+
+    `started_at`: when the generation that said it began; a session that was run once more began then.
+    """
 
     id: str
     request: Request
@@ -104,7 +106,6 @@ class Claimed(msgspec.Struct, frozen=True):
 
     epoch: int
     request: Request
-    started_at: int
     may_run: bool
 
 

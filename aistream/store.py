@@ -144,7 +144,7 @@ class Store:
         )
         match answer[0]:
             case b"claimed":
-                return Claimed(int(answer[1]), _request.decode(answer[2]), int(answer[3]), answer[4] == b"1")
+                return Claimed(int(answer[1]), _request.decode(answer[2]), answer[3] == b"1")
             case b"running":
                 return Elsewhere(answer[1].decode())
             case b"ended":

@@ -36,7 +36,6 @@ def session(ending: End | Failed = End("stop"), *, answer: str = "Hi there", sta
         "gpt-4o-2026-01-01",
         Usage(11, 7, 3, 2),
         first_token_ms=250 if started else None,
-        duration_ms=1500 if started else None,
     )
     started_at = CREATED_AT + 1000 if started else None
     return Session(SESSION_ID, request, "http://n8n:5678/w/1", answer, outcome, CREATED_AT, started_at, CREATED_AT + 2500)

@@ -17,7 +17,7 @@ MakeStore = Callable[..., Store]
 ASKED = Request(
     prompt="Héllo\n\0", requested_model="gpt-4", model="gpt-4", provider="openai", max_tokens=5, user_id=7, metadata={"a": [1.5]}
 )
-DONE = Outcome(End("stop"), "gpt-4-0613", Usage(3, 4), first_token_ms=5, duration_ms=6)
+DONE = Outcome(End("stop"), "gpt-4-0613", Usage(3, 4), first_token_ms=5)
 
 
 def create(store: Store, session_id: str) -> None:

@@ -112,6 +112,8 @@ def test_a_worker_killed_before_the_first_word_is_replaced_unnoticed(
     assert events[-1].data == "[DONE]"
     assert (callback.json["status"], callback.json["answer"]) == ("completed", text_of(events))
     assert {event.id.split("-")[0] for event in events} == {"2"}
+    timings = callback.json["timings"]
+    assert timings["started_at"] <= timings["first_token_at"] <= timings["ended_at"]
 
 
 def _open_and_wait(url: str) -> None:

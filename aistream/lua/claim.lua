@@ -2,10 +2,10 @@
 -- KEYS  1 session hash, 2 log stream, 3 content hash, 4 deadlines zset
 -- ARGV  1 id, 2 worker, 3 nonce of this call, 4 lease in ms, 5 seconds to keep what is owed, 6 '1' to recover a lapsed lease
 -- gives {'missing'} | {'ended', state, ending id, '1' if the log is still there} | {'running', worker}
---       | {'claimed', epoch, request, started_at, '1' if the model may be (re-)run}
+--       | {'claimed', epoch, request, '1' if the model may be (re-)run}
 -- Atomic: two viewers must not start two generations, and `<epoch>-0` in the log is what refuses an earlier epoch's late
 -- writes, so it stands there before anybody holds the new epoch. Idempotent by nonce.
-local s = redis.call('HMGET', KEYS[1], 'state', 'epoch', 'nonce', 'start', 'worker', 'ending_id', 'started_at')
+local s = redis.call('HMGET', KEYS[1], 'state', 'epoch', 'nonce', 'start', 'worker', 'ending_id')
 local state, epoch = s[1], tonumber(s[2])
 if not state then
   redis.call('ZREM', KEYS[4], ARGV[1])
@@ -30,7 +30,9 @@ if s[3] ~= ARGV[3] then
   epoch = epoch + 1
   redis.call('XADD', KEYS[2], epoch .. '-0', 'start', s[4])
   redis.call('HSET', KEYS[1], 'state', 'running', 'epoch', epoch, 'worker', ARGV[2], 'nonce', ARGV[3], 'rerun', rerun)
-  redis.call('HSETNX', KEYS[1], 'started_at', now)
+  if rerun == '1' then
+    redis.call('HSET', KEYS[1], 'started_at', now)
+  end
 else
   rerun = redis.call('HGET', KEYS[1], 'rerun')
 end
@@ -38,4 +40,4 @@ redis.call('ZADD', KEYS[4], now + ARGV[4], ARGV[1])
 for i = 1, 3 do
   redis.call('EXPIRE', KEYS[i], ARGV[5])
 end
-return { 'claimed', epoch, redis.call('HGET', KEYS[3], 'request'), tonumber(s[7]) or now, rerun }
+return { 'claimed', epoch, redis.call('HGET', KEYS[3], 'request'), rerun }
