@@ -73,13 +73,15 @@ class Viewer:
     def stream(self) -> Generator[bytes, None, None]:
         """The response's body: everything after the cursor, then what comes, up to the ending."""
         try:
-            self.spoke_at = time.monotonic()
             yield PREAMBLE
             if not self.opened and not (yield from self._hold()):
                 return
             while not (yield from self._watch_source()):
                 self._source = self._viewing.source(self.session_id)
-        except (StoreUnavailable, NotFound, Refused):
+        except NotFound:
+            # The store lost it: without a word the browser would come back, be sent away, and never know why.
+            yield refusal_frame(Refused("session_lost"), self.cursor, self.mode)
+        except (StoreUnavailable, Refused):
             # In mid-stream there is nothing to say: the browser comes back by itself, with its last id.
             return
         finally:
@@ -194,9 +196,7 @@ class Viewer:
         refused: Refused | None = None
         while time.monotonic() < until and not self.gone:
             gevent.sleep(RETRY)
-            if time.monotonic() - self.spoke_at >= min(self._viewing.heartbeat, RETRY):
-                self.spoke_at = time.monotonic()
-                yield HEARTBEAT
+            yield HEARTBEAT
             try:
                 return self.open()
             except NotFound:
