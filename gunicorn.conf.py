@@ -4,8 +4,6 @@ import gc
 import os
 import sys
 
-import gevent
-
 from aistream.environment import load
 from aistream.errors import ConfigError
 
@@ -16,7 +14,7 @@ except ConfigError as error:
 
 bind = f"[{service.host}]:{service.port}" if ":" in service.host else f"{service.host}:{service.port}"
 workers = service.web_concurrency
-worker_class = "gevent"
+worker_class = "aistream.worker.Worker"
 # Bounds everything on a worker, health checks included, so it stands well above the streams a worker can carry.
 worker_connections = 20_000
 backlog = 4_096
@@ -25,6 +23,9 @@ timeout = 60
 keepalive = 75
 # Longer than the drain, which ends by itself: what gunicorn kills has said no last words.
 graceful_timeout = int(service.drain_seconds) + 15
+# A bad cursor is no cursor, also one of 10 KB: gunicorn's own limit of 8 KB would answer it with an error that ends an EventSource.
+limit_request_field_size = 16_384
+limit_request_fields = 64
 # The service writes its own lines, without query strings: those hold access tokens.
 accesslog = None
 loglevel = service.log_level
@@ -52,28 +53,13 @@ def post_worker_init(worker):
     The modules are half a million objects that never become garbage; going through them again and again cost a seventh of
     all CPU (`python -m bench.stream_cost`).
     """
-    background = worker.wsgi.extensions["aistream"].background
-    background.start()
-    gevent.spawn(_drain_when_told, worker, background)
+    worker.background.start()
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 20, 20)
 
 
-def _drain_when_told(worker, background):
-    """SIGTERM reaches no hook of a gevent worker: it only stops being alive.
-
-    Drains beside gunicorn's own wait, which is for connections alone. What is left after it are kept-alive ones with nothing
-    to say. gunicorn would wait for them to the end of `graceful_timeout` and answer each with a 500; an exit just closes them.
-    """
-    while worker.alive:
-        gevent.sleep(0.1)
-    background.drain()
-    sys.exit(0)  # from any greenlet gevent carries this to the main one
-
-
 def worker_exit(server, worker):
-    """A worker without connections leaves at once: its generations and callbacks are waited for here."""
-    app = getattr(worker, "wsgi", None)
-    if app is not None:
-        app.extensions["aistream"].background.drain()
+    """However it leaves (SIGINT, SIGQUIT, a parent that is gone), what it has begun is waited for."""
+    if getattr(worker, "wsgi", None) is not None:
+        worker.background.drain()

@@ -13,6 +13,8 @@ from aistream.follower import Follower
 from aistream.generation import Generations
 from aistream.outbound import Outbound
 from aistream.providers import Providers
+from aistream.pulse import Pulse
+from aistream.recall import Recall
 from aistream.store import Store
 from aistream.tokens import Tokens
 from aistream.viewing import Viewing
@@ -24,15 +26,17 @@ def create_app(config: Config, *, store: Store | None = None) -> Flask:
     telemetry.configure(config)
     store = store or Store(config)
     providers = Providers(config)
-    writer = LogWriter(store)
-    delivery = Delivery(config, store, Outbound(pool_size=SENDERS))
-    generations = Generations(config, store, providers, writer, on_ended=delivery.wake)
+    pulse = Pulse(hole=config.lease_seconds / 2)
+    writer = LogWriter(store, pulse)
+    recall = Recall(config, store)
+    delivery = Delivery(config, store, Outbound(pool_size=SENDERS), recall)
+    generations = Generations(config, store, providers, writer, recall, pulse, on_ended=delivery.wake)
     follower = Follower(store, config)
     viewing = Viewing(config, generations, follower)
-    background = Background(config, store, providers, writer, follower, generations, viewing, delivery)
+    background = Background(config, store, providers, writer, follower, recall, pulse, generations, viewing, delivery)
 
     app = Flask("aistream", static_folder=None)
-    app.extensions["aistream"] = Parts(config, store, providers, Tokens(config), viewing, background)
+    app.extensions["aistream"] = Parts(config, store, providers, Tokens(config), generations, viewing, background)
     api.init_app(app, config)
     for bp in (init.bp, stream.bp, health.bp):
         app.register_blueprint(bp)

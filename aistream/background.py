@@ -1,4 +1,4 @@
-"""Starts and stops a worker's loops: log writer, follower, heartbeats, lease renewal, deadlines; and drains a worker.
+"""Starts and stops a worker's loops: log writer, follower, heartbeats, leases, deadlines, stops, recall; and drains a worker.
 
 Nothing here starts at import: gunicorn calls `start` after fork and patch, `flask run` at the first request.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import gevent
 from gevent.event import Event as Signal
@@ -15,8 +16,10 @@ from aistream.config import Config
 from aistream.delivery import Delivery
 from aistream.errors import StoreUnavailable
 from aistream.follower import Follower
-from aistream.generation import SHUTTING_DOWN, Generations
+from aistream.generation import SHUTTING_DOWN, WATCH, Generations
 from aistream.providers import Providers
+from aistream.pulse import Pulse
+from aistream.recall import Recall
 from aistream.session import State
 from aistream.store import Store
 from aistream.telemetry import log as lines
@@ -41,6 +44,8 @@ class Background:
         providers: Providers,
         writer: LogWriter,
         follower: Follower,
+        recall: Recall,
+        pulse: Pulse,
         generations: Generations,
         viewing: Viewing,
         delivery: Delivery,
@@ -52,6 +57,8 @@ class Background:
         self._config = config
         self._store = store
         self._providers = providers
+        self._recall = recall
+        self._pulse = pulse
         self._generations = generations
         self._viewing = viewing
         self._delivery = delivery
@@ -60,8 +67,18 @@ class Background:
             writer.run,
             follower.run,
             self._heartbeats,
-            self._renewals,
-            self._deadlines,
+            self._ticks,
+            *(
+                partial(self._repeat, name, period, work)
+                for name, period, work in (
+                    ("renewal", config.lease_seconds / 3, generations.renew),
+                    ("deadlines", POLL, self._look_at_deadlines),
+                    ("stops", POLL / 2, generations.stop_cancelled),
+                    ("viewers", WATCH, lambda: generations.stop_unwatched(viewing.take_watched())),
+                    ("claims", POLL, generations.confirm),
+                    ("recall", POLL, recall.step),
+                )
+            ),
         ]
 
     def start(self) -> None:
@@ -106,18 +123,32 @@ class Background:
     def _heartbeats(self) -> None:
         self._viewing.beat(lambda: min(1.0, self._config.heartbeat_seconds / 4))
 
-    def _renewals(self) -> None:
+    def _ticks(self) -> None:
         while True:
-            gevent.sleep(self._config.lease_seconds / 3)
-            self._step("renewal", self._generations.renew)
+            gevent.sleep(self._pulse.period)
+            if self._pulse.doubted():
+                lines.warning("worker.was_stopped")
+                self._generations.answer_doubt()
 
-    def _deadlines(self) -> None:
+    def _repeat(self, name: str, period: float, work: Callable[[], None]) -> None:
         while True:
-            gevent.sleep(POLL)
-            self._step("deadlines", self._look_at_deadlines)
+            gevent.sleep(period)
+            try:
+                work()
+            except StoreUnavailable:
+                lines.warning("store.away", during=name)
+            except Exception as error:  # the root of a loop: it goes on
+                lines.error("background.failed", during=name, error=error)
 
     def _look_at_deadlines(self) -> None:
-        for session_id, state in self._store.due(callbacks=self._delivery.free):
+        look = self._store.due(callbacks=0 if self._recall.behind else self._delivery.free)
+        if look.lost:
+            # What is owed first: nobody may act on what the store says before it has been told what it lost.
+            lines.warning("store.lost_writes")
+            self._recall.doubt()
+            self._generations.renew()
+            return
+        for session_id, state in look.due:
             if state is State.PENDING:
                 self._generations.expire(session_id)
             elif state is State.RUNNING:
@@ -125,11 +156,3 @@ class Background:
                     self._generations.recover(session_id)
             else:
                 self._delivery.wake(session_id)
-
-    def _step(self, name: str, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except StoreUnavailable:
-            lines.warning("store.away", during=name)
-        except Exception as error:  # the root of a loop: it goes on
-            lines.error("background.failed", during=name, error=error)

@@ -293,6 +293,11 @@ class Config:
         "15",
         "A comment is sent on a stream silent for this long, so that no proxy in between closes it.",
     )
+    slow_viewer_seconds: float = _setting(
+        _seconds(1, 600),
+        "30",
+        "A viewer that has not taken what was sent to it for this long is dropped; it can come back, and goes on where it was.",
+    )
     max_stream_seconds: float = _setting(_seconds(1, 7_200), "600", "Longest generation; then it ends as failed.")
     drain_seconds: float = _setting(
         _seconds(0, 3_600),

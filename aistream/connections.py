@@ -29,6 +29,9 @@ PATIENCE = 5.0
 
 Command = Sequence[str | bytes | int | float]
 
+#: Said by a Redis that is a replica now: behind the same address another one may be the master, for a new connection.
+_MOVED = (redis.ReadOnlyError, redis.exceptions.MasterDownError)
+
 
 class Connections:
     """Sends commands and gives replies as RESP2 has them. Safe to use from many greenlets.
@@ -39,6 +42,8 @@ class Connections:
 
     def __init__(self, make: Callable[[], Any]) -> None:
         """`make` gives a new connection; it connects when it is first used."""
+        #: Counts connections that broke: what was said just before may be lost, and another Redis may answer now.
+        self.lost = 0
         self._make = make
         self._idle: list[Any] = []
         self._turns = BoundedSemaphore(SIZE)
@@ -58,9 +63,9 @@ class Connections:
             connection = self._idle.pop() if self._idle else self._make()
             try:
                 return self._exchange(connection, commands)
-            except BaseException:
+            except BaseException as error:
                 # Also of a greenlet that is killed here: a reply that is still to come must not reach the next command.
-                connection.disconnect()
+                self._drop(connection, broken=isinstance(error, redis.RedisError))
                 raise
             finally:
                 self._idle.append(connection)
@@ -77,16 +82,27 @@ class Connections:
             if connection.is_connected and connection.can_read():
                 raise redis.ConnectionError("an answer that nobody waits for")
         except redis.ConnectionError:
-            connection.disconnect()  # Redis has closed it meanwhile: sending connects anew
+            self._drop(connection)  # Redis has closed it meanwhile: sending connects anew
         packed = [hiredis.pack_command((*command,)) for command in commands]  # type: ignore[arg-type]  # a tuple of any length
         connection.send_packed_command(packed, check_health=False)
         replies = []
+        moved = False
         for _ in commands:
             try:
                 replies.append(connection.read_response())
             except redis.ResponseError as refusal:
+                moved = moved or isinstance(refusal, _MOVED)
                 replies.append(refusal)
+        if moved:
+            self._drop(connection)
         return replies
+
+    def _drop(self, connection: Any, *, broken: bool = True) -> None:
+        connection.disconnect()
+        if broken:
+            self.lost += 1
+            for idle in self._idle:  # those that wait broke in the same moment: each would be news only when it is next used
+                idle.disconnect()
 
 
 def connect(config: Config) -> Connections:

@@ -17,7 +17,8 @@ from aistream.callback import Dead, Delivered, Meaning, Retry, headers, meaning,
 from aistream.config import Config
 from aistream.errors import StoreUnavailable
 from aistream.outbound import Outbound, SendFailed
-from aistream.store import AWAY, Store, Taken
+from aistream.recall import Recall
+from aistream.store import AWAY, Store, Taken, Word
 from aistream.telemetry import log as lines
 
 #: Attempts at the same time per worker. One that finds no place is taken at the next look at the deadlines.
@@ -31,9 +32,10 @@ SETTLE = 60.0
 class Delivery:
     """The callbacks that this worker sends."""
 
-    def __init__(self, config: Config, store: Store, outbound: Outbound) -> None:
+    def __init__(self, config: Config, store: Store, outbound: Outbound, recall: Recall) -> None:
         self._config = config
         self._store = store
+        self._recall = recall
         self._outbound = outbound
         self._senders = Pool(SENDERS)
 
@@ -54,6 +56,7 @@ class Delivery:
         try:
             taken = self._store.take_callback(session_id)
             if taken is not None:
+                self._recall.attempting(session_id)
                 self._deliver(taken)
         except StoreUnavailable:
             return  # it stays due
@@ -94,12 +97,15 @@ class Delivery:
 
     def _settle(self, taken: Taken, outcome: Meaning, delay: float) -> None:
         until = time.monotonic() + SETTLE
+        word: Word = "delivered" if isinstance(outcome, Delivered) else "retry" if isinstance(outcome, Retry) else "dead"
+        # Before the store is told: one that is away, or has just lost the session, is told again what came of it.
+        self._recall.attempted(taken.session.id, taken.attempt, word)
         while True:
             try:
                 self._store.settle(
                     taken.session.id,
                     taken.attempt,
-                    "delivered" if isinstance(outcome, Delivered) else "retry" if isinstance(outcome, Retry) else "dead",
+                    word,
                     delay=delay,
                     ambiguous=isinstance(outcome, Retry) and outcome.arrived,
                     last_answer="" if isinstance(outcome, Delivered) else outcome.reason,

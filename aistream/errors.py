@@ -126,6 +126,11 @@ _REFUSALS: dict[str, tuple[int, bool, str]] = {
     "too_many_viewers": (429, False, "This answer has as many viewers as it may have. Close one and try again."),
     "store_unavailable": (503, False, "The service cannot reach its store now. Try again shortly."),
     "session_lost": (410, True, "The session was lost together with the server that ran it."),
+    "log_lost": (
+        410,
+        True,
+        "A part of this answer was lost with its server; what was written since does not go with it.",
+    ),
 }
 
 

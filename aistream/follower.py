@@ -15,7 +15,7 @@ from gevent.event import Event as Signal
 
 from aistream.config import Config
 from aistream.errors import StoreUnavailable
-from aistream.events import Cursor, Event, Failed
+from aistream.events import Cursor, Event, Failed, Reasoning, Text
 from aistream.log import Log
 from aistream.store import AWAY, Store
 from aistream.telemetry import log as lines
@@ -23,7 +23,8 @@ from aistream.telemetry import log as lines
 #: Seconds between two reads.
 PERIOD = 0.025
 
-_LOST = Failed("session_lost", "The session was lost together with the server that ran it.", False)
+#: The ending, for viewers, of a session that is gone without one.
+LOST = Failed("session_lost", "The session was lost together with the server that ran it.", False)
 
 
 class _Followed:
@@ -48,7 +49,7 @@ class Follower:
     def follow(self, session_id: str) -> Iterator[Log]:
         """The session's log, filled up to now, and further for as long as the context is open. Raises StoreUnavailable."""
         followed = self._followed.get(session_id)
-        if followed is None:
+        if followed is None or followed.log.dropped:
             followed = self._followed[session_id] = _Followed(session_id)
         followed.viewers += 1
         try:
@@ -66,7 +67,7 @@ class Follower:
         """The loop; never returns."""
         while True:
             self._signal.wait()
-            live = {session_id: one for session_id, one in self._followed.items() if not one.log.ended}
+            live = {session_id: one for session_id, one in self._followed.items() if not (one.log.ended or one.log.dropped)}
             if not live:
                 self._signal.clear()
                 continue
@@ -83,18 +84,27 @@ class Follower:
             gevent.sleep(pause)
 
     def _take(self, followed: _Followed, entries: list[tuple[Cursor, Event]]) -> None:
+        log = followed.log
         for cursor, event in entries:
-            if followed.log.follows(cursor):
-                followed.log.append(cursor, event)
+            if 0 < log.text_epoch < cursor.epoch and isinstance(event, (Text, Reasoning)):
+                # What this copy has was lost in a failover, and the session was run once more: its log has other text now.
+                log.drop()
+                return
+            if log.follows(cursor):
+                log.append(cursor, event)
         if entries:
             followed.heard_at = time.monotonic()
 
     def _end_the_lost(self, live: dict[str, _Followed]) -> None:
         """Ends the logs of sessions that are gone without an ending: nobody will ever write one."""
         now = time.monotonic()
-        for session_id, one in live.items():
-            if now - one.heard_at > self._silence:
-                one.heard_at = now
-                if not self._store.exists(session_id):
-                    last = one.log.last
-                    one.log.append(Cursor(last.epoch, last.seq + 1) if last else Cursor(1, 0), _LOST)
+        silent = [session_id for session_id, one in live.items() if now - one.heard_at > self._silence]
+        if not silent:
+            return
+        forgotten = self._store.forgotten(silent)
+        for session_id in silent:
+            one = live[session_id]
+            one.heard_at = now
+            if session_id in forgotten:
+                last = one.log.last
+                one.log.append(Cursor(last.epoch, last.seq + 1) if last else Cursor(1, 0), LOST)

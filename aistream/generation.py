@@ -1,27 +1,35 @@
 """Runs the model for a session and writes what it says to the session's log.
 
 One generation per session, held by a lease: a worker that stops renewing it (crash, long pause) loses it, and from then on
-the store refuses its writes. The generation does not know whether anyone is watching.
+the store refuses its writes. The generation does not know whether anyone is watching. It holds everything in memory: a store
+that has lost the session is given it anew.
 """
 
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable
-from typing import cast
+from contextlib import suppress
 
 import gevent
+import msgspec
 from gevent.event import AsyncResult
+from gevent.lock import BoundedSemaphore
 
 from aistream.config import Config
 from aistream.errors import ProviderFailed, StoreUnavailable
-from aistream.events import Cursor, End, Ending, Event, Failed, Reasoning, Start, Text, Usage
+from aistream.events import Cursor, End, Ending, Event, Failed, Reasoning, Text, Usage
 from aistream.log import Log
 from aistream.providers import Providers
 from aistream.providers.base import Model
+from aistream.pulse import Pulse
+from aistream.recall import Recall, Told
 from aistream.session import (
+    CANCELLED,
     EXPIRED,
     WORKER_LOST,
+    Accepted,
     Claimed,
     Elsewhere,
     Ended,
@@ -31,10 +39,11 @@ from aistream.session import (
     Outcome,
     Request,
     Short,
+    State,
     state_of,
 )
 from aistream.sse import Cutter
-from aistream.store import AWAY, Store
+from aistream.store import AWAY, Intent, Store
 from aistream.telemetry import log as lines
 from aistream.writer import LogWriter, Storing
 
@@ -42,6 +51,9 @@ SHUTTING_DOWN = Failed("shutting_down", "The server that wrote this answer had t
 TOO_LONG = Failed("answer_too_long", "The answer grew beyond the service's limit.", False)
 TIMED_OUT = Failed("stream_timeout", "The answer took longer than the service allows.", True)
 INTERNAL = Failed("internal", "Something went wrong on our side.", True)
+
+#: Seconds between two notes of which sessions have viewers, for those that are cancelled without any.
+WATCH = 1.0
 
 
 class _Stop(gevent.GreenletExit):
@@ -60,14 +72,17 @@ class Generation:
 
     def __init__(self, generations: Generations, session_id: str, claimed: Claimed) -> None:
         self.session_id = session_id
+        self.claimed = claimed
         self.epoch = claimed.epoch
         self.request = claimed.request
         self.log = Log(session_id)
-        self.storing = Storing(self.log, self.epoch, stored=0)
+        self.storing = Storing(self.log, claimed, stored=0)
+        #: How it ended, once the store has it.
+        self.told: Told | None = None
         self._all = generations
-        self._may_run = claimed.may_run
         self._greenlet: gevent.Greenlet[..., None] | None = None
-        self._finishing = False
+        #: Its ending is on its way to the store: nothing stops it any more.
+        self.finishing = False
         self._started = time.monotonic()
         self._first_token: float | None = None
         self._usage: Usage | None = None
@@ -82,7 +97,7 @@ class Generation:
 
     def stop(self, ending: Ending | None) -> None:
         """Ends it now, unless it is ending already. None: it belongs to somebody else, show nothing more."""
-        if self._finishing or self._greenlet is None:
+        if self.finishing or self._greenlet is None:
             return
         if ending is None:
             self.log.drop()
@@ -97,7 +112,7 @@ class Generation:
 
     def finish(self, ending: Ending) -> None:
         """Ends the log and the session. Nothing is shown as ended before the store has it."""
-        self._finishing = True
+        self.finishing = True
         for kind, cutter in self._cutters.items():
             for piece in cutter.end():
                 self._append(kind(piece))
@@ -110,18 +125,21 @@ class Generation:
             usage=usage,
             first_token_ms=None if self._first_token is None else round((self._first_token - self._started) * 1000),
         )
-        ending_id = self._commit(ending, outcome)
-        if ending_id is None:
+        finished = self._commit(ending, outcome)
+        if finished is None:
             self.log.drop()
             return
-        self.log.append(ending_id, ending)
+        if finished.state is State.CANCELLED:
+            ending, outcome = CANCELLED, msgspec.structs.replace(outcome, ending=CANCELLED)
+        self.log.append(finished.ending_id, ending)
+        self.told = Told(self.claimed.accepted, self.claimed, self.log, ending, outcome)
         duration_ms = round((time.monotonic() - self._started) * 1000)
-        _report(self.session_id, self.epoch, self.request, outcome, ending_id.seq, duration_ms)
+        _report(self.session_id, self.epoch, self.request, outcome, finished.ending_id.seq, duration_ms)
 
     def _run(self) -> None:
         try:
             try:
-                ending = self._generate() if self._may_run else WORKER_LOST
+                ending = self._generate() if self.claimed.may_run else CANCELLED if self.claimed.cancelled else WORKER_LOST
             except _Stop as stop:
                 if stop.ending is None:
                     return
@@ -180,6 +198,8 @@ class Generation:
 
     def _append(self, event: Text | Reasoning | Usage) -> None:
         log = self.log
+        if self._all.pulse.doubted():
+            self._all.answer_doubt()
         if log.dropped:
             raise _Stop(None)
         last = log.last
@@ -192,67 +212,98 @@ class Generation:
         log.append(cursor, event)
         self._all.writer.touch(self.storing)
 
-    def _commit(self, ending: Ending, outcome: Outcome) -> Cursor | None:
+    def _commit(self, ending: Ending, outcome: Outcome) -> Finished | None:
         """The ending in the store, however long the store is away. None: the session is not ours any more."""
         while not self.log.dropped:
             try:
                 self._all.writer.flush(self.storing)
                 last = self.log.last
-                if last is None:
+                if last is None or self.log.dropped:
                     return None
-                result = self._all.store.finish(self.session_id, self.epoch, last.seq + 1, ending, self.log.answer(), outcome)
+                result = self._all.store.finish(
+                    self.session_id, self.epoch, len(self.log), last.seq + 1, ending, self.log.answer(), outcome
+                )
                 match result:
-                    case Finished(ending_id):
-                        return ending_id
-                    case Fenced() | Missing():
-                        lines.warning("generation.lost", session=self.session_id, epoch=self.epoch, why=type(result).__name__)
+                    case Finished():
+                        return result
+                    case Fenced():
+                        lines.warning("generation.lost", session=self.session_id, epoch=self.epoch)
                         return None
-                    case Short(last_id):
-                        self._reconcile(last_id)
+                    case Missing():
+                        self._all.writer.rewrite(self.storing)
+                    case Short():
+                        self._reconcile()
             except StoreUnavailable:
                 gevent.sleep(AWAY)
         return None
 
-    def _reconcile(self, stored: Cursor | None) -> None:
-        """The store's log ends elsewhere than ours: a failover lost its tail, or we were stopped between sending and noting."""
-        if stored is None or stored.epoch != self.epoch:
-            self.log.drop()
-            return
-        self.storing.stored = min(self.log.position(stored), len(self.log))
-        if self.log.last is not None and stored > self.log.last:
-            self.inherit(self._all.store.read({self.session_id: self.log.last}).get(self.session_id, []))
+    def _reconcile(self) -> None:
+        """The store's log is not ours: a failover lost a part, or we were stopped between sending and noting."""
+        # What arrived unheard is ours too: others may have seen it.
+        self.inherit(self._all.store.read({self.session_id: self.log.last}).get(self.session_id, []))
+        self._all.writer.rewrite(self.storing)
 
 
 class Generations:
     """The generations of this worker: starts one for a session that may have one, keeps their leases, ends the abandoned."""
 
     def __init__(
-        self, config: Config, store: Store, providers: Providers, writer: LogWriter, on_ended: Callable[[str], None]
+        self,
+        config: Config,
+        store: Store,
+        providers: Providers,
+        writer: LogWriter,
+        recall: Recall,
+        pulse: Pulse,
+        on_ended: Callable[[str], None],
     ) -> None:
         """`on_ended` gets the id of a session whose callback has just become due."""
         self.config = config
         self.store = store
         self.providers = providers
         self.writer = writer
+        self.pulse = pulse
         self.running: dict[str, Generation] = {}
+        self._recall = recall
         self._on_ended = on_ended
-        self._claiming: dict[str, AsyncResult[Generation | Elsewhere | Ended | Missing]] = {}
+        self._claiming: dict[str, AsyncResult[Generation | Elsewhere | Ended | Missing | None]] = {}
+        #: Claims whose answer was lost, with the nonce by which they are known again.
+        self._unheard: dict[str, str] = {}
+        self._doubting = BoundedSemaphore()
+        self._watched_from = 0.0
+
+    def accept(self, session_id: str, subject: str, request: Request, resume_url: str, *, at_once: bool) -> Accepted:
+        """A new session. It waits for its first viewer, or (`at_once`) for nobody. Raises StoreUnavailable."""
+        accepted = self.store.create(session_id, subject, request, resume_url)
+        self._recall.accepted(accepted)
+        if at_once:
+            with suppress(StoreUnavailable):  # it is accepted, and its first viewer may still start it
+                self.claim(session_id)
+        return accepted
 
     def claim(self, session_id: str) -> Generation | Elsewhere | Ended | Missing:
         """The session's generation if it runs here, started if it was pending; else where it stands.
 
         One question to the store for any number of viewers that come at the same moment. Raises StoreUnavailable.
         """
-        generation = self.running.get(session_id)
-        if generation is not None and not generation.log.dropped:
-            return generation
+        while True:
+            generation = self.running.get(session_id)
+            if generation is not None and not generation.log.dropped:
+                return generation
+            found = self._ask(session_id, "open")
+            if found is not None:
+                return found
+
+    def _ask(self, session_id: str, intent: Intent) -> Generation | Elsewhere | Ended | Missing | None:
         asked = self._claiming.get(session_id)
         if asked is not None:
-            return cast("Generation | Elsewhere | Ended | Missing", asked.get())
+            return asked.get()
         asked = self._claiming[session_id] = AsyncResult()
+        nonce = self._unheard.setdefault(session_id, uuid.uuid4().hex)
         try:
-            claim = self.store.claim(session_id)
+            claim = self.store.claim(session_id, intent, nonce=nonce)
             found = self._begin(session_id, claim) if isinstance(claim, Claimed) else claim
+            del self._unheard[session_id]
             asked.set(found)
             return found
         except BaseException as error:
@@ -263,41 +314,129 @@ class Generations:
 
     def recover(self, session_id: str) -> None:
         """Takes over a session whose worker let its lease lapse: runs it again if nobody saw anything, else ends it."""
-        claim = self.store.claim(session_id, recover=True)
-        if isinstance(claim, Claimed):
-            lines.warning("session.recovered", session=session_id, epoch=claim.epoch, rerun=claim.may_run)
-            self._begin(session_id, claim)
+        found = self._ask(session_id, "recover")
+        if isinstance(found, Generation):
+            claimed = found.claimed
+            lines.warning("session.recovered", session=session_id, epoch=claimed.epoch, rerun=claimed.may_run)
+
+    def confirm(self) -> None:
+        """Asks again for claims whose answer was lost: one that had arrived is a lease that nobody makes use of."""
+        for session_id in list(self._unheard):
+            self._ask(session_id, "confirm")
 
     def expire(self, session_id: str) -> None:
-        """Ends a pending session that nobody came for."""
-        request = self.store.request(session_id)
-        if request is None:
+        """Ends a pending session that nobody came for, or that somebody has stopped."""
+        accepted = self.store.pending(session_id)
+        if accepted is None:
             return
-        outcome = Outcome(EXPIRED, request.model, Usage(0, 0, source="provider"))
-        if isinstance(self.store.finish(session_id, 0, 0, EXPIRED, "", outcome), Finished):
-            _report(session_id, 0, request, outcome, 0, 0)
+        outcome = Outcome(EXPIRED, accepted.request.model, Usage(0, 0, source="provider"))
+        finished = self.store.finish(session_id, 0, 0, 0, EXPIRED, "", outcome)
+        if isinstance(finished, Finished):
+            ending: Ending = CANCELLED if finished.state is State.CANCELLED else EXPIRED
+            outcome = msgspec.structs.replace(outcome, ending=ending)
+            log = Log(session_id)
+            log.append(finished.ending_id, ending)
+            self._recall.ended(Told(accepted, None, log, ending, outcome))
+            _report(session_id, 0, accepted.request, outcome, 0, 0)
             self._on_ended(session_id)
 
-    def renew(self) -> None:
-        """Renews the leases of all that runs here; what was lost meanwhile is stopped. Raises StoreUnavailable."""
-        epochs = {session_id: generation.epoch for session_id, generation in self.running.items()}
-        for session_id, verdict in self.store.renew(epochs).items():
+    def cancel(self, session_id: str) -> State | Missing:
+        """Stops the session, wherever it runs. Gives its state: an ending, or `running` while that is still to come.
+
+        Raises StoreUnavailable, unless it runs here: then the provider is let go at once,
+        and the rest happens when the store is back.
+        """
+        generation = self.running.get(session_id)
+        if generation is not None:
+            generation.stop(CANCELLED)
+        try:
+            state = self.store.cancel(session_id)
+        except StoreUnavailable:
+            if generation is None:
+                raise
+            return State.RUNNING
+        if state is State.PENDING:
+            self.expire(session_id)
+            return State.CANCELLED
+        return state
+
+    def stop_cancelled(self) -> None:
+        """Stops what others have stopped. Raises StoreUnavailable."""
+        if self.running:
+            for session_id in self.store.stopped():
+                if session_id in self.running:
+                    self.running[session_id].stop(CANCELLED)
+
+    def stop_unwatched(self, watched: set[str]) -> None:
+        """Cancels the sessions that want it and have had no viewer for their time. `watched`: those with viewers here.
+
+        Raises StoreUnavailable.
+        """
+        mine = {
+            session_id: generation.request.disconnect_grace
+            for session_id, generation in self.running.items()
+            if generation.request.disconnect_grace is not None and session_id not in watched
+        }
+        if not mine and not watched:
+            return
+        now = time.monotonic()
+        try:
+            alone = self.store.watched(watched, set(mine))
+        except StoreUnavailable:
+            # Nobody could note a viewer meanwhile: when the store is back, all get the time to do so first.
+            self._watched_from = float("inf")
+            raise
+        if self._watched_from == float("inf") or self.pulse.doubted():
+            self._watched_from = now + 3 * WATCH
+        if now < self._watched_from:
+            return
+        for session_id, seconds in alone.items():
             generation = self.running.get(session_id)
-            if verdict != "owner" and generation is not None:
+            grace = mine[session_id]
+            if generation is not None and grace is not None and seconds is not None and seconds >= grace + WATCH:
+                lines.info("session.unwatched", session=session_id, seconds=round(seconds, 1))
+                generation.stop(CANCELLED)
+
+    def renew(self) -> None:
+        """Renews the leases of all that runs here; what has another owner is stopped, what is lost written anew.
+
+        Raises StoreUnavailable.
+        """
+        doubts = self.pulse.doubts
+        held = {session_id: generation.storing.holding for session_id, generation in self.running.items()}
+        verdicts = self.store.renew(held)
+        for session_id, verdict in verdicts.items():
+            generation = self.running.get(session_id)
+            if generation is None or generation.epoch != held[session_id].epoch or generation.finishing:
+                continue  # the ending finds out for itself
+            if verdict in ("gone", "short"):
+                self.writer.rewrite(generation.storing)
+            if verdict == "fenced" or generation.log.dropped:
                 generation.stop(None)
+        self.pulse.answer(doubts)
+
+    def answer_doubt(self) -> None:
+        """Returns when the store has said whose the sessions are, however long it is away: until then nothing new is shown."""
+        with self._doubting:
+            while self.pulse.doubted():
+                try:
+                    self.renew()
+                except StoreUnavailable:
+                    gevent.sleep(AWAY)
 
     def ended(self, generation: Generation) -> None:
         """A generation's greenlet is over."""
         if self.running.get(generation.session_id) is generation:
             del self.running[generation.session_id]
-        if generation.log.ended:
+        if generation.told is not None:
+            self._recall.ended(generation.told)
             self._on_ended(generation.session_id)
 
     def _begin(self, session_id: str, claimed: Claimed) -> Generation:
+        self._recall.claimed(session_id)
         generation = Generation(self, session_id, claimed)
         if claimed.epoch == 1:
-            request = claimed.request
-            generation.inherit([(Cursor(1, 0), Start(session_id, request.model, request.provider))])
+            generation.inherit([(Cursor(1, 0), claimed.accepted.start)])
         else:
             generation.inherit(self.store.read({session_id: None}).get(session_id, []))
         self.running[session_id] = generation

@@ -10,14 +10,17 @@ from typing import Any
 
 from gevent.hub import Waiter, get_hub
 
-from aistream.events import Cursor, Event, Text, is_ending
+from aistream.events import Cursor, Event, Reasoning, Text, is_ending
 from aistream.sse import ENCODERS, Mode
+
+#: Bytes after which a piece of history is long enough.
+PIECE = 65_536
 
 
 class Log:
     """Events in the order of their cursors; `seq` is contiguous within an epoch. The last one is the ending."""
 
-    __slots__ = ("_bases", "_frames", "_waiters", "cursors", "dropped", "ended", "events", "session_id")
+    __slots__ = ("_bases", "_frames", "_waiters", "cursors", "dropped", "ended", "events", "session_id", "text_epoch")
 
     def __init__(self, session_id: str) -> None:
         self.session_id = session_id
@@ -26,6 +29,8 @@ class Log:
         self.ended = False
         #: The writer lost its lease: what stands here may not be what the session's log says. Readers turn to the store.
         self.dropped = False
+        #: The epoch that said something last. What an earlier one said, and a failover lost, does not go before it.
+        self.text_epoch = 0
         self._frames: dict[Mode, list[bytes]] = {}
         self._bases: dict[int, int] = {}
         self._waiters: list[Waiter[Any]] = []
@@ -43,7 +48,9 @@ class Log:
         self._bases.setdefault(cursor.epoch, len(self.events) - cursor.seq)
         self.events.append(event)
         self.cursors.append(cursor)
-        if is_ending(event):
+        if isinstance(event, (Text, Reasoning)):
+            self.text_epoch = cursor.epoch
+        elif is_ending(event):
             self.ended = True
         self.wake()
 
@@ -66,8 +73,11 @@ class Log:
         later = [base for epoch, base in self._bases.items() if epoch > cursor.epoch]
         return min([after, *later])
 
-    def frames(self, mode: Mode, position: int) -> bytes:
-        """The wire form of all events from `position` on, in one piece."""
+    def frames(self, mode: Mode, position: int) -> tuple[bytes, int]:
+        """The wire form of the events from `position` on, in one piece, and the position behind it.
+
+        A long history comes in several pieces: what a slow reader holds up is bounded.
+        """
         frames = self._frames.get(mode)
         if frames is None:
             frames = self._frames[mode] = []
@@ -75,7 +85,21 @@ class Log:
             encode = ENCODERS[mode]
             for i in range(len(frames), len(self.events)):
                 frames.append(encode(self.cursors[i], self.events[i]))
-        return frames[position] if len(frames) - position == 1 else b"".join(frames[position:])
+        if len(frames) - position == 1:
+            return frames[position], position + 1
+        until, size = position, 0
+        while until < len(frames) and size < PIECE:
+            size += len(frames[until])
+            until += 1
+        return b"".join(frames[position:until]), until
+
+    def forget_frames(self) -> None:
+        """Frees what can be encoded again: nobody reads it at the moment."""
+        self._frames.clear()
+
+    def entries(self, *, before_ending: bool = False) -> list[tuple[Cursor, Event]]:
+        """All events with their cursors."""
+        return list(zip(self.cursors, self.events, strict=True))[: -1 if before_ending and self.ended else None]
 
     def answer(self) -> str:
         """The text so far, exactly as the provider wrote it."""

@@ -1,7 +1,8 @@
 """A session: what init stores, the states it passes through, and how it ended. Pure values.
 
 pending ──first viewer──► running ──► completed | failed | cancelled
-   └──nobody came──► expired                       └── each ending owes n8n one callback
+   ├──nobody came──► expired                       └── each ending owes n8n one callback
+   └──stopped──► cancelled
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from typing import Any
 
 import msgspec
 
-from aistream.events import Cursor, End, Ending, Failed, Usage
+from aistream.events import Cursor, End, Ending, Failed, Start, Usage
 
 #: The ending of a session that nobody came for.
 EXPIRED = Failed("expired", "Nobody opened the stream in time.", False)
 #: The ending of a generation whose worker was lost after viewers had seen text of it.
 WORKER_LOST = Failed("worker_lost", "The server that wrote this answer was lost.", True)
+#: The ending of a session that somebody stopped.
+CANCELLED = End("cancelled")
 
 
 class State(StrEnum):
@@ -34,7 +37,7 @@ def state_of(ending: Ending) -> State:
     """The state that an ending event leaves its session in."""
     if isinstance(ending, Failed):
         return State.EXPIRED if ending.code == EXPIRED.code else State.FAILED
-    return State.CANCELLED if ending.finish_reason == "cancelled" else State.COMPLETED
+    return State.CANCELLED if ending == CANCELLED else State.COMPLETED
 
 
 class Message(msgspec.Struct, frozen=True):
@@ -47,7 +50,8 @@ class Message(msgspec.Struct, frozen=True):
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     """What an accepted init asked for: all that the generation and the callback need, and nothing of how it was asked.
 
-    `user_id`, `chat_id` and `metadata` are echoed in the JSON type they came in.
+    `user_id`, `chat_id` and `metadata` are echoed in the JSON type they came in. `disconnect_grace`: seconds after the last
+    viewer has left until the session is cancelled; None: it goes on without viewers.
     """
 
     prompt: str
@@ -63,6 +67,7 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     user_id: Any = None
     chat_id: Any = None
     metadata: Any = None
+    disconnect_grace: float | None = None
 
     def conversation(self) -> list[Message]:
         """All turns in order; the prompt is the last."""
@@ -95,24 +100,47 @@ class Session(msgspec.Struct, frozen=True):
 
 
 class Accepted(msgspec.Struct, frozen=True):
-    """A session that was just created. Both in milliseconds since 1970."""
+    """What an accepted init stored, and what never changes afterwards. Points in time are ms since 1970 by Redis's clock.
 
+    `subject` owns the session; at `deadline` it expires if nobody has come.
+    """
+
+    id: str
+    subject: str
+    request: Request
+    resume_url: str
     created_at: int
     deadline: int
 
+    @property
+    def start(self) -> Start:
+        """The first event of its log, in every epoch."""
+        return Start(self.id, self.request.model, self.request.provider)
+
 
 class Claimed(msgspec.Struct, frozen=True):
-    """The right to generate, until the lease lapses. `may_run` is false where an earlier epoch had already said something."""
+    """The right to generate, until the lease lapses, and all there is to know of the session: enough to write it anew.
 
+    `may_run` is false where an earlier epoch had already said something, or somebody has stopped it (`cancelled`).
+    """
+
+    accepted: Accepted
     epoch: int
-    request: Request
+    started_at: int
     may_run: bool
+    cancelled: bool = False
+
+    @property
+    def request(self) -> Request:
+        """What was asked for."""
+        return self.accepted.request
 
 
 class Elsewhere(msgspec.Struct, frozen=True):
-    """The session is running; its events are in its log."""
+    """The session is running; its events are in its log. `cancels`: it is cancelled when its last viewer has left."""
 
     worker: str
+    cancels: bool = False
 
 
 class Ended(msgspec.Struct, frozen=True):
@@ -124,16 +152,19 @@ class Ended(msgspec.Struct, frozen=True):
 
 
 class Missing(msgspec.Struct, frozen=True):
-    """The store knows no such session."""
+    """The store knows no such session. `perhaps`: it may have lost it a moment ago, and be told of it again."""
+
+    perhaps: bool = False
 
 
 Claim = Claimed | Elsewhere | Ended | Missing
 
 
 class Finished(msgspec.Struct, frozen=True):
-    """The ending is committed under this id."""
+    """The ending is committed under this id. `state`: as what; one that was stopped meanwhile is cancelled."""
 
     ending_id: Cursor
+    state: State
 
 
 class Fenced(msgspec.Struct, frozen=True):
@@ -141,9 +172,7 @@ class Fenced(msgspec.Struct, frozen=True):
 
 
 class Short(msgspec.Struct, frozen=True):
-    """The log lacks events before the ending. `last_id` is the last it has."""
-
-    last_id: Cursor | None
+    """The log in the store is not what its writer counts: events are missing before the ending, or arrived unheard."""
 
 
 Finish = Finished | Fenced | Short | Missing

@@ -8,7 +8,9 @@
     aistream:{0}:log:<id>        stream  the events; entry id = SSE id = `<epoch>-<seq>`
     aistream:{0}:deadlines       zset    session id -> its one next deadline, ms by Redis's clock
     aistream:{0}:dead            zset    dead letters by time
-    aistream:{0}:tick            hash    when somebody last asked for due sessions
+    aistream:{0}:tick            hash    when somebody last looked for due sessions; a random birth and a count of looks, which
+                                         tell a Redis that lost its data; since when it is known to have lost nothing
+    aistream:{0}:inbox:<worker>  list    ids of the worker's sessions that somebody has stopped
 
 Transitions are Lua scripts in `lua/`, one file each; their headers give keys, arguments, result and why they are atomic.
 Foreign exceptions end here: whatever means "Redis is away" is StoreUnavailable.
@@ -21,16 +23,17 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import redis
 
 from aistream.config import Config
-from aistream.connections import Connections, connect
+from aistream.connections import Command, Connections, connect
 from aistream.errors import StoreUnavailable
-from aistream.events import Cursor, Ending, Event, Start, from_entry, to_entry
+from aistream.events import Cursor, Ending, Event, from_entry, to_entry
 from aistream.session import (
+    CANCELLED,
     Accepted,
     Claim,
     Claimed,
@@ -57,8 +60,12 @@ TOMBSTONE = 86_400
 DEAD_LETTER = 7 * 86_400
 #: Seconds before a store that was away is asked again.
 AWAY = 0.25
+#: Seconds in which every worker notices that the store may have lost writes: three looks.
+NOTICED = 1.5
 #: Most due sessions looked at in one go.
 DUE = 1000
+#: Seconds that a word to a worker waits for it. One that reads it later than this has lost its sessions anyway.
+INBOX = 600
 
 #: With these a Redis that is up says that it cannot serve now. redis-py names some; the others are told by their first word.
 _AWAY_ERRORS = (
@@ -72,14 +79,33 @@ _AWAY_ERRORS = (
 )
 _AWAY_WORDS = ("LOADING", "OOM", "READONLY", "MISCONF", "MASTERDOWN", "NOREPLICAS")
 
-_SCRIPTS = ("create", "claim", "renew", "finish", "due", "take_callback", "settle")
+_SCRIPTS = ("create", "claim", "renew", "restore", "finish", "cancel", "watched", "due", "take_callback", "settle")
 
 _json = msgspec.json.Encoder().encode
 _request = msgspec.json.Decoder(Request)
 _outcome = msgspec.json.Decoder(Outcome)
 
-Verdict = Literal["owner", "fenced", "gone"]
-_VERDICTS: dict[int, Verdict] = {1: "owner", 0: "fenced", -1: "gone"}
+#: Of a session that a worker generates: it is its own; its own, but the log has lost entries; somebody else's, or over; lost.
+Verdict = Literal["owner", "short", "fenced", "gone"]
+_VERDICTS: dict[int, Verdict] = {1: "owner", 2: "short", 0: "fenced", -1: "gone"}
+#: What came of an attempt of a callback.
+Word = Literal["delivered", "retry", "dead"]
+#: How a claim is meant: see `lua/claim.lua`.
+Intent = Literal["open", "recover", "confirm"]
+
+
+class Look(NamedTuple):
+    """The due sessions, each with the state that says what to do. `lost`: the store may have lost writes since the last look."""
+
+    due: list[tuple[str, State]]
+    lost: bool
+
+
+class Holding(NamedTuple):
+    """What a worker holds of a session that it generates: its epoch, and how many log entries it knows to be stored."""
+
+    epoch: int
+    stored: int
 
 
 class Taken(msgspec.Struct, frozen=True):
@@ -101,6 +127,7 @@ class Store:
         """`worker` is this process's name in the store; by default a random one."""
         self.worker = worker or uuid.uuid4().hex
         self._config = config
+        self._last_look: tuple[bytes, int, int] | None = None
         self.connections = connections or connect(config)
         prelude = _source("prelude")
         self._scripts = {name: _Script(prelude + _source(name)) for name in _SCRIPTS}
@@ -111,58 +138,106 @@ class Store:
 
     def create(self, session_id: str, subject: str, request: Request, resume_url: str) -> Accepted:
         """A new pending session. Idempotent by id."""
-        start = to_entry(Start(session_id, request.model, request.provider))[1]
-        created_at, deadline = self._run(
+        accepted = Accepted(session_id, subject, request, resume_url, created_at=0, deadline=0)
+        created_at, deadline = self._create(accepted, "", "")
+        return msgspec.structs.replace(accepted, created_at=created_at, deadline=deadline)
+
+    def create_again(self, accepted: Accepted) -> None:
+        """The session as it was accepted, where the store has lost it; nothing where it stands."""
+        self._create(accepted, accepted.created_at, accepted.deadline)
+
+    def _create(self, accepted: Accepted, created_at: int | str, deadline: int | str) -> tuple[int, int]:
+        answer = self._run(
             "create",
-            [_session(session_id), _content(session_id), _DEADLINES],
+            [_session(accepted.id), _content(accepted.id), _DEADLINES],
             [
-                session_id,
+                accepted.id,
                 _ms(self._config.session_ttl_seconds),
                 self._config.keep_seconds,
-                subject,
-                start,
-                _json(request),
-                resume_url,
+                accepted.subject,
+                to_entry(accepted.start)[1],
+                _json(accepted.request),
+                accepted.resume_url,
+                _cancels(accepted),
+                created_at,
+                deadline,
             ],
         )
-        return Accepted(int(created_at), int(deadline))
+        return int(answer[0]), int(answer[1])
 
-    def claim(self, session_id: str, *, recover: bool = False) -> Claim:
-        """Asks for the right to generate. `recover` also takes a running session whose lease has lapsed."""
-        nonce = uuid.uuid4().hex
+    def claim(self, session_id: str, intent: Intent = "open", *, nonce: str | None = None) -> Claim | None:
+        """Asks for the right to generate: of a pending session, or (`recover`) of a running one whose lease has lapsed.
+
+        A claim whose answer was lost is asked again with its `nonce`; `confirm` asks only whether it had arrived, and gives None
+        where the session is still pending.
+        """
         answer = self._run(
             "claim",
-            [*_keys(session_id), _DEADLINES],
+            [*_keys(session_id), _DEADLINES, _TICK],
             [
                 session_id,
                 self.worker,
-                nonce,
+                nonce or uuid.uuid4().hex,
                 _ms(self._config.lease_seconds),
                 self._config.keep_seconds,
-                int(recover),
+                intent,
             ],
         )
         match answer[0]:
             case b"claimed":
-                return Claimed(int(answer[1]), _request.decode(answer[2]), answer[3] == b"1")
+                return _claimed(session_id, answer)
             case b"running":
-                return Elsewhere(answer[1].decode())
+                return Elsewhere(answer[1].decode(), answer[2] == b"1")
             case b"ended":
                 return Ended(State(answer[1].decode()), Cursor.parse((answer[2] or b"").decode()), answer[3] == b"1")
+            case b"pending":
+                return None
             case _:
-                return Missing()
+                return self._missing(answer[1])
 
-    def renew(self, epochs: Mapping[str, int]) -> dict[str, Verdict]:
-        """Renews the leases of the sessions this worker generates (id -> epoch), and says whose it still is."""
-        if not epochs:
+    def _missing(self, sure_for: int) -> Missing:
+        return Missing(perhaps=sure_for < self._unsure or self._connection_lost())
+
+    @property
+    def _unsure(self) -> int:
+        """For so many ms after it may have lost something the store may yet be told of a session again: two leases and a bit."""
+        return 2 * _ms(self._config.lease_seconds + NOTICED)
+
+    def renew(self, held: Mapping[str, Holding]) -> dict[str, Verdict]:
+        """Renews the leases of the sessions this worker generates, and says whose each still is."""
+        if not held:
             return {}
-        pairs = [part for pair in epochs.items() for part in pair]
-        verdicts = self._run(
-            "renew",
-            [_DEADLINES, *map(_session, epochs)],
-            [self.worker, _ms(self._config.lease_seconds), *pairs],
+        keys = [key for session_id in held for key in (_session(session_id), _log(session_id))]
+        args = [arg for session_id, one in held.items() for arg in (session_id, one.epoch, one.stored)]
+        verdicts = self._run("renew", [_DEADLINES, *keys], [self.worker, _ms(self._config.lease_seconds), *args])
+        return {session_id: _VERDICTS[verdict] for session_id, verdict in zip(held, verdicts, strict=True)}
+
+    def restore(self, claimed: Claimed, log: Sequence[tuple[Cursor, Event]]) -> bool:
+        """Writes a running session anew with this log. False where it is somebody else's by now, or over."""
+        accepted = claimed.accepted
+        entries = [part for cursor, event in log for part in (str(cursor), *to_entry(event))]
+        return bool(
+            self._run(
+                "restore",
+                [*_keys(accepted.id), _DEADLINES],
+                [
+                    accepted.id,
+                    self.worker,
+                    claimed.epoch,
+                    _ms(self._config.lease_seconds),
+                    self._config.keep_seconds,
+                    accepted.subject,
+                    to_entry(accepted.start)[1],
+                    _json(accepted.request),
+                    accepted.resume_url,
+                    accepted.created_at,
+                    accepted.deadline,
+                    claimed.started_at,
+                    _cancels(accepted),
+                    *entries,
+                ],
+            )
         )
-        return {session_id: _VERDICTS[verdict] for session_id, verdict in zip(epochs, verdicts, strict=True)}
 
     def append(self, batch: Sequence[tuple[str, Cursor, Event]]) -> list[AppendRefused | None]:
         """Writes log entries of any number of sessions in one round trip; for each the refusal, or None.
@@ -202,16 +277,42 @@ class Store:
             found[key.decode()[prefix:]] = [(_cursor(entry_id), _event(fields)) for entry_id, fields in entries]
         return found
 
-    def exists(self, session_id: str) -> bool:
-        """Whether the store knows the session."""
-        return bool(self._call("EXISTS", _session(session_id)))
+    def forgotten(self, session_ids: Sequence[str]) -> set[str]:
+        """Those that the store does not know, and will not be told of again: it has lost nothing for two leases."""
+        tick, clock, *known = self._many(
+            [("HGET", _TICK, "unsure_at"), ("TIME",), *(("EXISTS", _session(session_id)) for session_id in session_ids)]
+        )
+        sure_for = int(clock[0]) * 1000 + int(clock[1]) // 1000 - int(tick) if tick else 0
+        if sure_for < self._unsure or self._connection_lost():
+            return set()
+        return {session_id for session_id, exists in zip(session_ids, known, strict=True) if not exists}
 
-    def finish(self, session_id: str, epoch: int, seq: int, ending: Ending, answer: str, outcome: Outcome) -> Finish:
+    def standing(self, session_ids: Sequence[str]) -> dict[str, tuple[State, str]]:
+        """State and state of the callback (`""` before the ending) of those that the store knows."""
+        answers = self._many([("HMGET", _session(session_id), "state", "callback") for session_id in session_ids])
+        return {
+            session_id: (State(state.decode()), (callback or b"").decode())
+            for session_id, (state, callback) in zip(session_ids, answers, strict=True)
+            if state
+        }
+
+    def finish(
+        self,
+        session_id: str,
+        epoch: int,
+        before: int,
+        seq: int,
+        ending: Ending,
+        answer: str,
+        outcome: Outcome,
+        *,
+        callback_in: float = 0,
+    ) -> Finish:
         """Ends the session with `ending` as event `<epoch>-<seq>`, and owes its callback. Idempotent.
 
-        Epoch 0 ends a pending session whose deadline has passed.
+        `before`: how many entries the log must have. Epoch 0 ends a pending session whose deadline has passed. One that somebody
+        has stopped is recorded as cancelled. The callback is due in `callback_in` seconds.
         """
-        name, value = to_entry(ending)
         result = self._run(
             "finish",
             [*_keys(session_id), _DEADLINES],
@@ -219,34 +320,75 @@ class Store:
                 session_id,
                 epoch,
                 seq,
-                state_of(ending).value,
-                name,
-                value,
+                before,
                 answer.encode(),
-                _json(outcome),
                 self._config.keep_seconds,
+                _ms(callback_in),
+                *_ending(ending, outcome),
+                *_ending(CANCELLED, msgspec.structs.replace(outcome, ending=CANCELLED)),
             ],
         )
         match result[0]:
             case b"ended":
-                return Finished(_cursor(result[1]))
+                return Finished(_cursor(result[1]), State(result[2].decode()))
             case b"fenced":
                 return Fenced()
             case b"short":
-                return Short(Cursor.parse(result[1].decode()))
+                return Short()
             case _:
                 return Missing()
 
-    def request(self, session_id: str) -> Request | None:
-        """What a session asked for, or None where that is no longer kept."""
-        raw = self._call("HGET", _content(session_id), "request")
-        return _request.decode(raw) if raw else None
+    def cancel(self, session_id: str) -> State | Missing:
+        """Stops the session: whoever ends it now ends it as cancelled, and its owner is told. Gives the state it was found in.
 
-    def due(self, *, callbacks: int) -> list[tuple[str, State]]:
-        """Sessions whose deadline has passed, each with the state that says what to do; at most so many with a callback due."""
-        answer = self._run("due", [_DEADLINES, _TICK], [DUE, _ms(self._config.lease_seconds), _session(""), callbacks])
+        A pending one is due at once.
+        """
+        answer = self._run("cancel", [_session(session_id), _DEADLINES, _TICK], [session_id, _INBOX, INBOX])
+        match answer[0]:
+            case b"missing":
+                return self._missing(answer[1])
+            case b"ended":
+                return State(answer[1].decode())
+            case found:
+                return State(found.decode())
+
+    def stopped(self) -> list[str]:
+        """The ids of this worker's sessions that somebody has stopped since it last asked."""
+        return [session_id.decode() for session_id in self._call("LPOP", _INBOX + self.worker, DUE) or []]
+
+    def watched(self, here: set[str], others: set[str]) -> dict[str, float | None]:
+        """Notes that sessions have viewers `here`; gives the seconds that each of `others` has had none on any worker.
+
+        None: it never had one.
+        """
+        ids = [*here, *others]
+        ages = self._run("watched", [*map(_session, ids)], ["1"] * len(here) + ["0"] * len(others))
+        return {session_id: None if age < 0 else age / 1000 for session_id, age in list(zip(ids, ages, strict=True))[len(here) :]}
+
+    def pending(self, session_id: str) -> Accepted | None:
+        """What an init stored, or None where that is no longer kept."""
+        head, content = self._many([("HGETALL", _session(session_id)), ("HGETALL", _content(session_id))])
+        return _accepted(session_id, _pairs(head), _pairs(content)) if head and content else None
+
+    def due(self, *, callbacks: int) -> Look:
+        """Sessions whose deadline has passed; at most so many with a callback due."""
+        seen = self._last_look
+        while True:
+            lost = self.connections.lost
+            args = [DUE, _ms(self._config.lease_seconds), _session(""), callbacks, uuid.uuid4().hex]
+            birth, number, answer = self._run(
+                "due", [_DEADLINES, _TICK], [*args, int(self._connection_lost()), _ms(NOTICED)]
+            )
+            if lost == self.connections.lost:
+                break  # else a connection broke unheard, and what answered may be another Redis: it is told so
+        self._last_look = (birth, number, lost)
+        went_back = seen is not None and (birth != seen[0] or number <= seen[1] or lost != seen[2])
         items = [item.decode() for item in answer]
-        return [(items[i], State(items[i + 1])) for i in range(0, len(items), 2)]
+        return Look([(items[i], State(items[i + 1])) for i in range(0, len(items), 2)], went_back)
+
+    def _connection_lost(self) -> bool:
+        """Whether a connection has broken since the last look: behind it may be another Redis now, without the last writes."""
+        return self._last_look is not None and self._last_look[2] != self.connections.lost
 
     def take_callback(self, session_id: str) -> Taken | None:
         """Takes a due callback for one attempt, or None where there is nothing to do now."""
@@ -274,7 +416,7 @@ class Store:
         self,
         session_id: str,
         attempt: int,
-        outcome: Literal["delivered", "retry", "dead"],
+        outcome: Word,
         *,
         delay: float = 0,
         ambiguous: bool = False,
@@ -324,6 +466,14 @@ class Store:
         with _translated():
             return self.connections.call(*command)
 
+    def _many(self, commands: Sequence[Command]) -> list[Any]:
+        with _translated():
+            replies = self.connections.many(commands)
+            for reply in replies:
+                if isinstance(reply, redis.RedisError):
+                    raise reply
+            return replies
+
 
 class _Script:
     __slots__ = ("sha", "text")
@@ -356,10 +506,36 @@ def _keys(session_id: str) -> list[str]:
 _DEADLINES = PREFIX + "deadlines"
 _DEAD = PREFIX + "dead"
 _TICK = PREFIX + "tick"
+_INBOX = PREFIX + "inbox:"
 
 
 def _ms(seconds: float) -> int:
     return round(seconds * 1000)
+
+
+def _cancels(accepted: Accepted) -> str:
+    return "" if accepted.request.disconnect_grace is None else "1"
+
+
+def _ending(ending: Ending, outcome: Outcome) -> tuple[str, bytes, bytes, bytes]:
+    return (state_of(ending).value, *to_entry(ending), _json(outcome))
+
+
+def _claimed(session_id: str, answer: Sequence[Any]) -> Claimed:
+    _, epoch, may_run, cancelled, started_at, head, content = answer
+    accepted = _accepted(session_id, _pairs(head), _pairs(content))
+    return Claimed(accepted, int(epoch), int(started_at), may_run == b"1", cancelled == b"1")
+
+
+def _accepted(session_id: str, head: Mapping[str, bytes], content: Mapping[str, bytes]) -> Accepted:
+    return Accepted(
+        id=session_id,
+        subject=head["subject"].decode(),
+        request=_request.decode(content["request"]),
+        resume_url=content["resume_url"].decode(),
+        created_at=int(head["created_at"]),
+        deadline=int(head["deadline"]),
+    )
 
 
 def _cursor(entry_id: bytes) -> Cursor:

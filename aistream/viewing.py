@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from typing import Any
 
 import gevent
@@ -20,7 +21,7 @@ from aistream.events import Cursor, Failed
 from aistream.follower import Follower
 from aistream.generation import Generation, Generations
 from aistream.log import Log
-from aistream.session import Ended, Missing
+from aistream.session import Elsewhere, Ended, Missing
 from aistream.sse import HEARTBEAT, PREAMBLE, Mode, error_frame
 from aistream.telemetry import log as lines
 
@@ -28,6 +29,8 @@ from aistream.telemetry import log as lines
 HOLD = 20.0
 #: Seconds between two tries while it is held.
 RETRY = 0.5
+#: Bytes that the kernel keeps for a client that does not read.
+SEND_BUFFER = 131_072
 
 
 class Viewer:
@@ -35,16 +38,21 @@ class Viewer:
 
     def __init__(self, viewing: Viewing, session_id: str, cursor: Cursor | None, mode: Mode) -> None:
         self.session_id = session_id
-        self.cursor = cursor
+        # No event has epoch 0: whoever says so has seen none.
+        self.cursor = cursor if cursor is not None and cursor.epoch else None
         self.mode = mode
         self.spoke_at = time.monotonic()
+        #: The client has left, or was too slow.
         self.gone = False
-        self.opened = False
+        self.slow = False
+        self.admitted = False
         self._viewing = viewing
         self._source: Log | Ended | None = None
+        self._found = False
         self._due = b""
         self._waiter: Waiter[Any] | None = None
         self._watcher: Any = None
+        self._socket: Any = None
         self._began = time.monotonic()
         self._bytes = 0
         self._closed = False
@@ -56,34 +64,30 @@ class Viewer:
         """
         self._viewing.admit(self)
         try:
-            source = self._source = self._viewing.source(self.session_id)
+            self._look()
+            source = self._source
+            ending_id = source.ending_id if isinstance(source, Ended) else source.last if source and source.ended else None
+            if ending_id is not None and self.cursor == ending_id:
+                self._viewing.release(self)
+                return False
+            if isinstance(source, Ended) and not source.replayable:
+                raise _replay_over(source)
         except BaseException:
             self._viewing.release(self)
             raise
-        ending_id = source.ending_id if isinstance(source, Ended) else source.last if source and source.ended else None
-        if ending_id is not None and self.cursor == ending_id:
-            self._viewing.release(self)
-            return False
-        if isinstance(source, Ended) and not source.replayable:
-            self._viewing.release(self)
-            raise _replay_over(source)
-        self.opened = True
         return True
 
     def stream(self) -> Generator[bytes, None, None]:
         """The response's body: everything after the cursor, then what comes, up to the ending."""
         try:
             yield PREAMBLE
-            if not self.opened and not (yield from self._hold()):
-                return
-            while not (yield from self._watch_source()):
-                self._source = self._viewing.source(self.session_id)
-        except NotFound:
-            # The store lost it: without a word the browser would come back, be sent away, and never know why.
-            yield refusal_frame(Refused("session_lost"), self.cursor, self.mode)
-        except (StoreUnavailable, Refused):
-            # In mid-stream there is nothing to say: the browser comes back by itself, with its last id.
-            return
+            while not self.gone:
+                if not self._found and not (yield from self._hold()):
+                    return
+                if (yield from self._watch_source()):
+                    return
+                # The log turned out to be void, or the store went away: the line stays open, and what comes next is looked for.
+                self._found = False
         finally:
             self.close()
 
@@ -103,6 +107,14 @@ class Viewer:
         self.gone = True
         self.wake()
 
+    def drop_if_slow(self, since: float) -> None:
+        """Cuts the line of a client that has not taken what was sent to it at `since`. It can come back, and resume."""
+        if self._waiter is None and self._socket is not None and not self.gone and self.spoke_at < since:
+            self.gone = self.slow = True
+            with suppress(OSError):
+                # Below gevent, so that whoever is sending gets the kernel's EPIPE, which gunicorn passes over.
+                self._socket.shutdown(socket.SHUT_RDWR)
+
     def watch(self, sock: Any) -> None:
         """Notices at once when the client closes its end of `sock`.
 
@@ -110,6 +122,10 @@ class Viewer:
         only half-closes looks the same; no EventSource does that.
         """
         plain = getattr(sock, "_sock", sock)
+        self._socket = plain
+        with suppress(OSError):
+            # What a client that does not read can hold up in the kernel: without it, up to 4 MiB and so whole answers.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
 
         def readable() -> None:
             try:
@@ -138,18 +154,28 @@ class Viewer:
             mode=self.mode,
             bytes=self._bytes,
             gone=self.gone,
+            **({"slow": True} if self.slow else {}),
             duration_ms=round((time.monotonic() - self._began) * 1000),
         )
 
+    def _look(self) -> None:
+        self._source = self._viewing.source(self.session_id)
+        self._found = True
+        self.spoke_at = time.monotonic()
+
     def _watch_source(self) -> Generator[bytes, None, bool]:
+        """Watches the log wherever it is. True: the last word is said. False: it has to be looked for again."""
         if isinstance(self._source, Log):
             return (yield from self._watch(self._source))
-        with self._viewing.follower.follow(self.session_id) as log:
-            if isinstance(self._source, Ended) and not len(log):
-                # The replay ended between the question and the answer.
-                yield refusal_frame(_replay_over(self._source), self.cursor, self.mode)
-                return True
-            return (yield from self._watch(log))
+        try:
+            with self._viewing.follower.follow(self.session_id) as log:
+                if isinstance(self._source, Ended) and not len(log):
+                    # The replay ended between the question and the answer.
+                    yield refusal_frame(_replay_over(self._source), self.cursor, self.mode)
+                    return True
+                return (yield from self._watch(log))
+        except StoreUnavailable:
+            return False
 
     def _watch(self, log: Log) -> Generator[bytes, None, bool]:
         """Sends what the log has after the cursor, then what comes. Gives False where the log turned out to be void."""
@@ -158,15 +184,17 @@ class Viewer:
             count = len(log)
             if log.dropped:
                 return False
+            if self.cursor is not None and self.cursor.seq and self.cursor.epoch < log.text_epoch:
+                yield self._old_eyes(log)
+                return True
             if position >= count and log.ended:
                 # It has a cursor beyond what a lost worker had stored: what it still lacks is the ending.
                 position = count - 1 if position > count or self.cursor != log.last else count
                 if position == count:
                     return True
             if position < count:
-                frames = log.frames(self.mode, position)
-                position = count
-                self.cursor = log.last
+                frames, position = log.frames(self.mode, position)
+                self.cursor = log.cursors[position - 1]
                 if frames:
                     self._bytes += len(frames)
                     self.spoke_at = time.monotonic()
@@ -178,6 +206,14 @@ class Viewer:
             else:
                 self._wait(log)
         return True
+
+    def _old_eyes(self, log: Log) -> bytes:
+        """It has text of an epoch that a failover lost, and the session ran once more: what that says does not go with it."""
+        ending = log.events[-1] if log.ended else None
+        self.spoke_at = time.monotonic()
+        if isinstance(ending, Failed):
+            return log.frames(self.mode, len(log) - 1)[0]
+        return refusal_frame(Refused("log_lost", str(log.last) if ending else None), self.cursor, self.mode)
 
     def _wait(self, log: Log) -> None:
         waiter = self._waiter = Waiter()
@@ -191,22 +227,31 @@ class Viewer:
                 log.discard_waiter(waiter)
 
     def _hold(self) -> Generator[bytes, None, bool]:
-        """Waits for a place or for the store, with heartbeats. True: open now. False: the last word is said."""
+        """Waits for a place or for the store, with heartbeats. True: found now. False: the last word is said.
+
+        In mid-stream the first try comes at once: then it is only elsewhere.
+        """
         until = time.monotonic() + HOLD
-        refused: Refused | None = None
-        while time.monotonic() < until and not self.gone:
-            gevent.sleep(RETRY)
-            yield HEARTBEAT
+        pause = 0.0 if self.admitted else RETRY
+        while not self.gone:
+            gevent.sleep(pause)
+            if pause:
+                self.spoke_at = time.monotonic()
+                yield HEARTBEAT
+            pause = RETRY
             try:
+                if self.admitted:
+                    self._look()
+                    return True
                 return self.open()
             except NotFound:
+                # The store lost it: without a word the browser would come back, be sent away, and never know why.
                 refused = Refused("session_lost")
             except Refused as error:
                 refused = error
-            if refused.final:
-                break
-        if refused is not None and not self.gone:
-            yield refusal_frame(refused, self.cursor, self.mode)
+            if refused.final or time.monotonic() >= until:
+                yield refusal_frame(refused, self.cursor, self.mode)
+                return False
         return False
 
     def _unwatch(self) -> None:
@@ -234,7 +279,10 @@ class Viewing:
         self.follower = follower
         self._generations = generations
         self._limit = config.max_viewers_per_session
+        self._patience = config.slow_viewer_seconds
         self._viewers: dict[str, set[Viewer]] = {}
+        #: Sessions that are cancelled without viewers, and had one here since this was last asked.
+        self._counted: set[str] = set()
 
     def __len__(self) -> int:
         return sum(map(len, self._viewers.values()))
@@ -249,9 +297,11 @@ class Viewing:
         if len(viewers) >= self._limit:
             raise Refused("too_many_viewers")
         viewers.add(viewer)
+        viewer.admitted = True
 
     def release(self, viewer: Viewer) -> None:
         """Takes a viewer's place back."""
+        viewer.admitted = False
         viewers = self._viewers.get(viewer.session_id, set())
         viewers.discard(viewer)
         if not viewers:
@@ -267,20 +317,35 @@ class Viewing:
         except StoreUnavailable:
             raise Refused("store_unavailable") from None
         if isinstance(found, Missing):
+            if found.perhaps:
+                raise Refused("store_unavailable")
             raise NotFound("There is no such stream.")
         if isinstance(found, Generation):
+            if found.request.disconnect_grace is not None:
+                self._counted.add(session_id)
             return found.log
+        if isinstance(found, Elsewhere) and found.cancels:
+            self._counted.add(session_id)
         return found if isinstance(found, Ended) else None
 
-    def beat(self, every: Callable[[], float]) -> None:
-        """The loop that sends a heartbeat on every stream that has been silent for long enough; never returns.
+    def take_watched(self) -> set[str]:
+        """Of the sessions that are cancelled without viewers those that have one here, or had one since this was last asked."""
+        watched = set(self._counted)
+        self._counted &= self._viewers.keys()
+        return watched
 
-        One greenlet for all of them: a timer for each viewer and each wait would cost more than the token it waits for.
+    def beat(self, every: Callable[[], float]) -> None:
+        """The loop that sends a heartbeat on every stream that has been silent for long enough, and drops who is too slow.
+
+        Never returns. One greenlet for all of them: a timer for each viewer and each wait would cost more than the token it
+        waits for.
         """
         while True:
             gevent.sleep(every())
-            late = time.monotonic() - self.heartbeat
+            now = time.monotonic()
             for viewers in list(self._viewers.values()):
-                for viewer in viewers:
-                    if viewer.waiting and viewer.spoke_at <= late:
+                for viewer in list(viewers):
+                    if viewer.waiting and viewer.spoke_at <= now - self.heartbeat:
                         viewer.wake(HEARTBEAT)
+                    else:
+                        viewer.drop_if_slow(now - self._patience)

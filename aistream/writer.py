@@ -1,7 +1,8 @@
 """The log writer: one greenlet that stores the events of all of this process's generations, many at a time.
 
 Group commit: what comes in within one window goes to Redis in one round trip. What is not stored yet is a number, not a
-buffer: the log in memory has it. While Redis is away the number stays where it is and is tried again.
+buffer: the log in memory has it. While Redis is away the number stays where it is and is tried again; what a Redis has lost is
+written anew.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from gevent.lock import BoundedSemaphore
 from aistream.errors import StoreUnavailable
 from aistream.events import Cursor, Event
 from aistream.log import Log
-from aistream.store import AWAY, Store
+from aistream.pulse import Pulse
+from aistream.session import Claimed
+from aistream.store import AWAY, Holding, Store
 from aistream.telemetry import log as lines
 
 #: Seconds between two flushes: also the most that a killed worker can lose.
@@ -25,22 +28,28 @@ BATCH = 500
 
 
 class Storing:
-    """How much of one generation's log is in the store."""
+    """How much of one generation's log is in the store, and what else stands there of its session."""
 
-    __slots__ = ("epoch", "log", "stored", "touched")
+    __slots__ = ("claimed", "log", "stored", "touched")
 
-    def __init__(self, log: Log, epoch: int, stored: int) -> None:
+    def __init__(self, log: Log, claimed: Claimed, stored: int) -> None:
         self.log = log
-        self.epoch = epoch
+        self.claimed = claimed
         self.stored = stored
         self.touched = False
+
+    @property
+    def holding(self) -> Holding:
+        """What `renew` compares with the store."""
+        return Holding(self.claimed.epoch, self.stored)
 
 
 class LogWriter:
     """Takes the hand-over of events (`touch`) and stores them soon, or at once (`flush`)."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, pulse: Pulse) -> None:
         self._store = store
+        self._pulse = pulse
         self._dirty: list[Storing] = []
         self._signal = Signal()
         # One pipeline at a time: a second one with the same entries would be refused as late.
@@ -84,16 +93,24 @@ class LogWriter:
             try:
                 (refusal,) = self._store.append([(log.session_id, cursor, event)])
                 if refusal is not None:
-                    self._judge(storing)
+                    with self._writing:
+                        self._judge(storing)
                     # It may have arrived with an earlier try whose answer was lost.
-                    if self._store.last_id(log.session_id) != cursor:
-                        log.drop()
-                        return False
+                    if log.dropped or self._store.last_id(log.session_id) != cursor:
+                        continue
                 storing.stored = len(log) + 1
                 return True
             except StoreUnavailable:
                 gevent.sleep(AWAY)
         return False
+
+    def rewrite(self, storing: Storing) -> None:
+        """Writes the whole session anew, since the store has lost it or a part of it. The log is void if it is another's now.
+
+        Raises StoreUnavailable.
+        """
+        with self._writing:
+            self._rewrite(storing)
 
     def _write(self, many: list[Storing]) -> None:
         with self._writing:
@@ -118,10 +135,24 @@ class LogWriter:
     def _judge(self, storing: Storing) -> None:
         """A refusal is a hint, `renew` is the judge: still ours means that an earlier sending had arrived unheard."""
         log = storing.log
-        verdict = self._store.renew({log.session_id: storing.epoch})[log.session_id]
-        last = self._store.last_id(log.session_id) if verdict == "owner" else None
-        if last is None or last.epoch != storing.epoch:
-            lines.warning("log_writer.fenced", session=log.session_id, epoch=storing.epoch, verdict=verdict)
+        verdict = self._store.renew({log.session_id: storing.holding})[log.session_id]
+        if verdict == "owner":
+            last = self._store.last_id(log.session_id)
+            if last is not None and last.epoch == storing.claimed.epoch:
+                storing.stored = min(log.position(last), len(log))
+                return
+        if verdict == "fenced":
+            lines.warning("log_writer.fenced", session=log.session_id, epoch=storing.claimed.epoch)
             log.drop()
         else:
-            storing.stored = min(log.position(last), len(log))
+            self._rewrite(storing)
+
+    def _rewrite(self, storing: Storing) -> None:
+        log, count = storing.log, len(storing.log)
+        # Never straight after a stop: what is gone may have been ended by another worker, told to n8n, and lost only then.
+        if not self._pulse.doubted() and self._store.restore(storing.claimed, log.entries()[:count]):
+            storing.stored = count
+            lines.warning("log_writer.restored", session=log.session_id, epoch=storing.claimed.epoch, events=count)
+        else:
+            lines.warning("log_writer.fenced", session=log.session_id, epoch=storing.claimed.epoch)
+            log.drop()

@@ -137,18 +137,40 @@ def make_store(store_url: str) -> Iterator[Callable[..., Store]]:
 
 
 @pytest.fixture
-def start_service(tmp_path: Path) -> Iterator[Callable[..., Service]]:
-    """Starts gunicorn with these variables; each service ends with the test."""
+def start_services(tmp_path: Path) -> Iterator[Callable[..., list[Service]]]:
+    """Starts so many replicas with these variables, side by side; each ends with the test."""
     services: list[Service] = []
 
-    def start(**environ: str) -> Service:
-        services.append(Service(tmp_path / f"service-{len(services)}.log", environ))
-        services[-1].start()
-        return services[-1]
+    def start(count: int, **environ: str) -> list[Service]:
+        started = [Service(tmp_path / f"service-{len(services) + i}.log", environ) for i in range(count)]
+        services.extend(started)
+        for service in started:
+            service.spawn()
+        for service in started:
+            service.wait()
+        return started
 
     yield start
     for service in services:
         service.stop()
+
+
+@pytest.fixture
+def start_service(start_services: Callable[..., list[Service]]) -> Callable[..., Service]:
+    """Starts gunicorn with these variables; each service ends with the test."""
+    return lambda **environ: start_services(1, **environ)[0]
+
+
+@pytest.fixture
+def pair_on(start_services: Callable[..., list[Service]], provider: ProviderServer) -> Callable[[str], list[Service]]:
+    """Starts two replicas over one Redis, with a short lease."""
+    return lambda redis_url: start_services(2, REDIS_URL=redis_url, LEASE_SECONDS="1", **provider.openai_environ)
+
+
+@pytest.fixture
+def pair(pair_on: Callable[[str], list[Service]], redis_url: str) -> list[Service]:
+    """Two replicas over the private Redis."""
+    return pair_on(redis_url)
 
 
 @pytest.fixture(scope="session")

@@ -65,6 +65,11 @@ class Service:
 
     def start(self) -> None:
         """Starts it and waits until it answers."""
+        self.spawn()
+        self.wait()
+
+    def spawn(self) -> None:
+        """Starts it."""
         environ = {
             "PATH": os.environ["PATH"],
             "HOME": str(self._log.parent),
@@ -85,6 +90,10 @@ class Service:
                 stderr=log,
                 start_new_session=True,
             )
+
+    def wait(self) -> None:
+        """Waits until it answers."""
+        assert self._process is not None
         until = time.monotonic() + 30
         while True:
             with contextlib.suppress(httpx.TransportError):
@@ -132,6 +141,7 @@ class Watch:
 
     def __init__(self, response: httpx.Response) -> None:
         self.response = response
+        self.last_id = ""
         self._events = EventSource(response).iter_sse() if response.status_code == 200 else iter(())
 
     def __iter__(self) -> Iterator[Event]:
@@ -139,6 +149,7 @@ class Watch:
 
     def __next__(self) -> Event:
         event = next(self._events)
+        self.last_id = event.id
         return Event(event.id, event.event, event.data)
 
 
@@ -148,6 +159,11 @@ def watch(url: str, last_id: str | None = None, **headers: str) -> Iterator[Watc
     asked = {"Accept": "text/event-stream", **headers, **({"Last-Event-ID": last_id} if last_id else {})}
     with httpx.Client(timeout=30, trust_env=False, verify=False) as client, client.stream("GET", url, headers=asked) as response:
         yield Watch(response)
+
+
+def on(service: Service, url: str) -> str:
+    """The same stream, asked of another replica."""
+    return service.url + url[url.index("/stream/") :]
 
 
 def wait_until(holds: Callable[[], object], timeout: float = 10.0) -> None:

@@ -174,8 +174,8 @@ def test_a_logs_frames_are_those_of_its_events_from_any_position(log: Log) -> No
         texts = [text_frame(cursor, event) for cursor, event in zip(log.cursors, log.events, strict=True)]
         objects = [json_frame(cursor, event) for cursor, event in zip(log.cursors, log.events, strict=True)]
 
-        assert log.frames("text", position) == b"".join(texts[position:])
-        assert log.frames("json", position) == b"".join(objects[position:])
+        assert log.frames("text", position) == (b"".join(texts[position:]), len(texts))
+        assert log.frames("json", position) == (b"".join(objects[position:]), len(objects))
 
 
 def test_a_log_knows_its_answer_and_its_last_event(log: Log) -> None:

@@ -84,7 +84,8 @@ def accepted(answer: TestResponse) -> dict[str, Any]:
 
 def stored(client: FlaskClient, answer: TestResponse) -> Request:
     """What the store holds of an accepted init."""
-    request = parts_of(client).store.request(accepted(answer)["streamId"])
+    stored = parts_of(client).store.pending(accepted(answer)["streamId"])
+    request = stored.request if stored else None
     assert request is not None
     return request
 

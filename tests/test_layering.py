@@ -13,16 +13,16 @@ from tests.service import ROOT
 
 #: From the top to the bottom. A module imports from the lines below its own, and nothing else of the package.
 ORDER = """
-    app
+    app  worker
     api.demo
     api.init  api.stream  api.health
     api
     background
     viewing  delivery  generation
-    follower  writer
+    follower  writer  recall
     log
     store  providers  outbound
-    connections
+    connections  pulse
     providers.openai  providers.anthropic  providers.echo
     providers.wire  providers.base
     callback  telemetry
@@ -56,6 +56,7 @@ ONLY = {
     "jwt": ["tokens"],
     "flask": ["app", "api"],
     "flask_cors": ["api"],
+    "gunicorn": ["worker"],
     "dotenv": ["environment"],
     "structlog": ["telemetry"],
 }

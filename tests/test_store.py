@@ -9,7 +9,7 @@ import pytest
 from aistream.errors import StoreUnavailable
 from aistream.events import Cursor, End, Failed, Reasoning, Start, Text, Usage
 from aistream.session import EXPIRED, Claimed, Elsewhere, Ended, Fenced, Finished, Missing, Outcome, Request, Short, State
-from aistream.store import Store
+from aistream.store import Holding, Store
 from tests.conftest import make_config
 
 MakeStore = Callable[..., Store]
@@ -33,19 +33,19 @@ def running(store: Store, session_id: str) -> Claimed:
 
 def ended(store: Store, session_id: str, answer: str = "answer") -> None:
     running(store, session_id)
-    assert isinstance(store.finish(session_id, 1, 1, End("stop"), answer, DONE), Finished)
+    assert isinstance(store.finish(session_id, 1, 1, 1, End("stop"), answer, DONE), Finished)
 
 
 def test_a_created_session_is_due_after_its_time_and_not_before(make_store: MakeStore, session_id: str) -> None:
     store = make_store(SESSION_TTL_SECONDS="1")
 
     accepted = store.create(session_id, "n8n", ASKED, "http://n8n/w")
-    at_once = store.due(callbacks=10)
+    at_once = store.due(callbacks=10).due
 
     assert accepted.deadline - accepted.created_at == 1000
     assert at_once == []
     gevent.sleep(1.05)
-    assert store.due(callbacks=10) == [(session_id, State.PENDING)]
+    assert store.due(callbacks=10).due == [(session_id, State.PENDING)]
 
 
 def test_creating_a_session_again_changes_nothing(make_store: MakeStore, session_id: str) -> None:
@@ -55,8 +55,8 @@ def test_creating_a_session_again_changes_nothing(make_store: MakeStore, session
     claimed = store.claim(session_id)
     second = store.create(session_id, "other", ASKED, "http://other/w")
 
-    assert second == first
-    assert isinstance(claimed, Claimed) and isinstance(store.claim(session_id), Elsewhere)
+    assert (second.created_at, second.deadline) == (first.created_at, first.deadline)
+    assert isinstance(claimed, Claimed) and claimed.accepted == first and isinstance(store.claim(session_id), Elsewhere)
 
 
 def test_only_the_first_claim_gets_the_session_and_all_it_needs(make_store: MakeStore, session_id: str) -> None:
@@ -73,12 +73,13 @@ def test_only_the_first_claim_gets_the_session_and_all_it_needs(make_store: Make
 def test_a_session_nobody_knows_is_missing(make_store: MakeStore, session_id: str) -> None:
     store = make_store()
 
-    assert store.claim(session_id) == Missing()
-    assert store.finish(session_id, 1, 1, End("stop"), "", DONE) == Missing()
-    assert store.renew({session_id: 1}) == {session_id: "gone"}
+    assert store.claim(session_id) == Missing(perhaps=True)
+    assert store.finish(session_id, 1, 1, 1, End("stop"), "", DONE) == Missing()
+    assert store.renew({session_id: Holding(1, 1)}) == {session_id: "gone"}
     assert store.take_callback(session_id) is None
     assert store.settle(session_id, 1, "delivered") is False
-    assert (store.last_id(session_id), store.exists(session_id), store.request(session_id)) == (None, False, None)
+    assert store.cancel(session_id) == Missing(perhaps=True)
+    assert (store.last_id(session_id), store.standing([session_id]), store.pending(session_id)) == (None, {}, None)
 
 
 def test_events_come_back_as_they_were_appended(make_store: MakeStore, session_id: str) -> None:
@@ -99,13 +100,13 @@ def test_a_late_append_of_an_earlier_epoch_is_refused(make_store: MakeStore, ses
     paused.append([(session_id, Cursor(1, 1), Text("seen"))])
     gevent.sleep(1.05)
 
-    recovered = other.claim(session_id, recover=True)
+    recovered = other.claim(session_id, "recover")
     (refused,) = paused.append([(session_id, Cursor(1, 2), Text("late"))])
 
     assert isinstance(recovered, Claimed) and (recovered.epoch, recovered.may_run) == (2, False)
     assert refused is not None
-    assert paused.renew({session_id: 1}) == {session_id: "fenced"}
-    assert isinstance(paused.finish(session_id, 1, 2, End("stop"), "late", DONE), Fenced)
+    assert paused.renew({session_id: Holding(1, 1)}) == {session_id: "fenced"}
+    assert isinstance(paused.finish(session_id, 1, 2, 2, End("stop"), "late", DONE), Fenced)
 
 
 def test_a_session_that_only_started_may_run_once_more_and_then_never_again(make_store: MakeStore, session_id: str) -> None:
@@ -113,9 +114,9 @@ def test_a_session_that_only_started_may_run_once_more_and_then_never_again(make
     running(store, session_id)
 
     gevent.sleep(1.05)
-    second = store.claim(session_id, recover=True)
+    second = store.claim(session_id, "recover")
     gevent.sleep(1.05)
-    third = store.claim(session_id, recover=True)
+    third = store.claim(session_id, "recover")
 
     assert isinstance(second, Claimed) and (second.epoch, second.may_run) == (2, True)
     assert isinstance(third, Claimed) and (third.epoch, third.may_run) == (3, False)
@@ -126,11 +127,11 @@ def test_a_renewed_lease_cannot_be_recovered(make_store: MakeStore, session_id: 
     running(one, session_id)
 
     gevent.sleep(0.7)
-    verdict = one.renew({session_id: 1})
+    verdict = one.renew({session_id: Holding(1, 1)})
     gevent.sleep(0.7)
 
     assert verdict == {session_id: "owner"}
-    assert isinstance(other.claim(session_id, recover=True), Elsewhere)
+    assert isinstance(other.claim(session_id, "recover"), Elsewhere)
 
 
 def test_nothing_is_appended_to_a_log_that_is_gone(make_store: MakeStore, session_id: str) -> None:
@@ -146,13 +147,13 @@ def test_the_ending_waits_for_the_events_before_it(make_store: MakeStore, sessio
     store = make_store()
     running(store, session_id)
 
-    short = store.finish(session_id, 1, 2, End("stop"), "a", DONE)
+    short = store.finish(session_id, 1, 2, 2, End("stop"), "a", DONE)
     store.append([(session_id, Cursor(1, 1), Text("a"))])
-    whole = store.finish(session_id, 1, 2, End("stop"), "a", DONE)
-    again = store.finish(session_id, 1, 2, End("stop"), "a", DONE)
+    whole = store.finish(session_id, 1, 2, 2, End("stop"), "a", DONE)
+    again = store.finish(session_id, 1, 2, 2, End("stop"), "a", DONE)
 
-    assert short == Short(Cursor(1, 0))
-    assert whole == again == Finished(Cursor(1, 2))
+    assert short == Short()
+    assert whole == again == Finished(Cursor(1, 2), State.COMPLETED)
     assert store.claim(session_id) == Ended(State.COMPLETED, Cursor(1, 2), True)
 
 
@@ -160,11 +161,11 @@ def test_a_pending_session_expires_only_when_its_time_has_come(make_store: MakeS
     store = make_store(SESSION_TTL_SECONDS="1")
     create(store, session_id)
 
-    early = store.finish(session_id, 0, 0, EXPIRED, "", DONE)
+    early = store.finish(session_id, 0, 0, 0, EXPIRED, "", DONE)
     gevent.sleep(1.05)
-    late = store.finish(session_id, 0, 0, EXPIRED, "", DONE)
+    late = store.finish(session_id, 0, 0, 0, EXPIRED, "", DONE)
 
-    assert (early, late) == (Fenced(), Finished(Cursor(1, 0)))
+    assert (early, late) == (Fenced(), Finished(Cursor(1, 0), State.EXPIRED))
     assert store.read({session_id: None})[session_id] == [(Cursor(1, 0), EXPIRED)]
     assert store.claim(session_id) == Ended(State.EXPIRED, Cursor(1, 0), True)
 
@@ -173,7 +174,7 @@ def test_an_ended_session_owes_one_callback_with_everything_in_it(make_store: Ma
     store = make_store()
     ended(store, session_id, answer="ans\0wér")
 
-    due = store.due(callbacks=10)
+    due = store.due(callbacks=10).due
     taken = store.take_callback(session_id)
 
     assert due == [(session_id, State.COMPLETED)]
@@ -181,7 +182,7 @@ def test_an_ended_session_owes_one_callback_with_everything_in_it(make_store: Ma
     assert (taken.session.request, taken.session.answer, taken.session.outcome) == (ASKED, "ans\0wér", DONE)
     assert taken.session.resume_url == "http://n8n/w?signature=ab"
     assert store.take_callback(session_id) is None
-    assert store.due(callbacks=10) == []
+    assert store.due(callbacks=10).due == []
 
 
 def test_a_callback_is_tried_again_after_its_delay_and_counts_its_attempts(make_store: MakeStore, session_id: str) -> None:
@@ -219,7 +220,7 @@ def test_delivered_wins_over_a_late_word_and_a_late_word_over_nothing(make_store
     assert store.settle(session_id, 9, "dead") is False
     assert store.settle(session_id, 1, "delivered") is True
     assert store.settle(session_id, 1, "retry") is False
-    assert store.due(callbacks=10) == []
+    assert store.due(callbacks=10).due == []
 
 
 def test_after_delivery_the_content_goes_with_the_replay_and_a_tombstone_stays(make_store: MakeStore, session_id: str) -> None:
@@ -233,7 +234,7 @@ def test_after_delivery_the_content_goes_with_the_replay_and_a_tombstone_stays(m
 
     assert replayable == Ended(State.COMPLETED, Cursor(1, 1), True)
     assert store.claim(session_id) == Ended(State.COMPLETED, Cursor(1, 1), False)
-    assert store.request(session_id) is None
+    assert store.pending(session_id) is None
 
 
 def test_a_dead_callback_is_kept_for_a_week(make_store: MakeStore, session_id: str) -> None:
@@ -256,7 +257,7 @@ def test_no_more_callbacks_are_given_than_there_are_places(make_store: MakeStore
     create(store, "pending")
     gevent.sleep(1.05)
 
-    due = store.due(callbacks=2)
+    due = store.due(callbacks=2).due
 
     assert [state for _, state in due] == [State.COMPLETED, State.COMPLETED, State.PENDING]
 
@@ -266,11 +267,11 @@ def test_after_a_silence_running_sessions_get_one_lease_to_renew_first(make_stor
     running(store, session_id)
     gevent.sleep(1.05)
 
-    first_look = store.due(callbacks=0)
+    first_look = store.due(callbacks=0).due
     gevent.sleep(0.5)
-    during_calm = store.due(callbacks=0)
+    during_calm = store.due(callbacks=0).due
     gevent.sleep(0.6)
-    after_calm = store.due(callbacks=0)
+    after_calm = store.due(callbacks=0).due
 
     assert (first_look, during_calm) == ([], [])
     assert after_calm == [(session_id, State.RUNNING)]
@@ -291,7 +292,7 @@ def test_a_failed_ending_is_kept_with_its_reason(make_store: MakeStore, session_
     running(store, session_id)
     failed = Failed("upstream_cut", "It broke.", True)
 
-    store.finish(session_id, 1, 1, failed, "", DONE)
+    store.finish(session_id, 1, 1, 1, failed, "", DONE)
 
     assert store.claim(session_id) == Ended(State.FAILED, Cursor(1, 1), True)
     assert store.read({session_id: Cursor(1, 0)})[session_id] == [(Cursor(1, 1), failed)]

@@ -15,22 +15,10 @@ import pytest
 
 from tests.neighbours.provider import ProviderServer
 from tests.neighbours.receiver import Receiver
-from tests.service import ROOT, SECRET, Event, Service, n8n_token, text_of, wait_until, watch
+from tests.service import ROOT, SECRET, Event, Service, n8n_token, on, text_of, wait_until, watch
 
 StartService = Callable[..., Service]
 WORDS = 30
-
-
-@pytest.fixture
-def pair(start_service: StartService, redis_url: str, provider: ProviderServer) -> list[Service]:
-    """Two replicas over one Redis, with a short lease."""
-    environ = {"REDIS_URL": redis_url, "LEASE_SECONDS": "1", **provider.environ}
-    return [start_service(**environ), start_service(**environ)]
-
-
-def on(service: Service, url: str) -> str:
-    """The same stream, asked of another replica."""
-    return service.url + url[url.index("/stream/") :]
 
 
 def test_a_viewer_on_another_worker_sees_the_whole_answer_as_it_is_written(pair: list[Service], provider: ProviderServer) -> None:
@@ -51,7 +39,7 @@ def test_a_viewer_on_another_worker_sees_the_whole_answer_as_it_is_written(pair:
 
 
 def test_a_reconnect_to_another_worker_brings_exactly_what_is_missing(pair: list[Service], provider: ProviderServer) -> None:
-    url = pair[0].stream_url(model=f"claude-test-long-n{WORDS}-d20-i92")
+    url = pair[0].stream_url(model=f"gpt-test-long-n{WORDS}-d20-i92")
     got: list[Event] = []
     turn = 0
 
@@ -160,7 +148,7 @@ def test_a_worker_told_to_stop_lets_its_answers_and_callbacks_finish(
     start_service: StartService, request: pytest.FixtureRequest, provider: ProviderServer, n8n: Receiver, embedded: bool
 ) -> None:
     environ = {} if embedded else {"REDIS_URL": request.getfixturevalue("redis_url")}
-    service = start_service(DRAIN_SECONDS="10", **environ, **provider.environ)
+    service = start_service(DRAIN_SECONDS="10", **environ, **provider.openai_environ)
     watched = service.stream_url(model="gpt-test-long-n40-d25-i96", resumeUrl=n8n.url("/watched"))
     alone = service.stream_url(model="gpt-test-long-n40-d25-i97", resumeUrl=n8n.url("/alone"))
     with service.watch(alone) as viewer:
@@ -180,7 +168,7 @@ def test_a_worker_told_to_stop_lets_its_answers_and_callbacks_finish(
 def test_what_cannot_finish_in_the_drains_time_ends_as_failed_with_its_part(
     start_service: StartService, provider: ProviderServer, n8n: Receiver
 ) -> None:
-    service = start_service(DRAIN_SECONDS="0.5", **provider.environ)
+    service = start_service(DRAIN_SECONDS="0.5", **provider.openai_environ)
     url = service.stream_url(model="gpt-test-hold-n5-k2-i98", resumeUrl=n8n.url())
     with service.watch(url) as viewer:
         seen = [next(viewer) for _ in range(2)]
@@ -207,7 +195,7 @@ def test_while_redis_is_away_init_says_so_and_local_viewers_notice_nothing(
     start_service: StartService, provider: ProviderServer, n8n: Receiver, tmp_path: Path, free_port: int
 ) -> None:
     redis = _redis(tmp_path, free_port)
-    service = start_service(REDIS_URL=f"redis://127.0.0.1:{free_port}", **provider.environ)
+    service = start_service(REDIS_URL=f"redis://127.0.0.1:{free_port}", **provider.openai_environ)
     url = service.stream_url(model="gpt-test-long-n60-d50-i99", resumeUrl=n8n.url())
     try:
         with service.watch(url) as viewer:

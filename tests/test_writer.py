@@ -7,6 +7,7 @@ import pytest
 
 from aistream.events import Cursor, Start, Text
 from aistream.log import Log
+from aistream.pulse import Pulse
 from aistream.session import Claimed, Request
 from aistream.store import Store
 from aistream.writer import LogWriter, Storing
@@ -21,7 +22,7 @@ class Writing:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.writer = LogWriter(store)
+        self.writer = LogWriter(store, Pulse(hole=60))
 
     def begin(self, session_id: str) -> Storing:
         """A running session with nothing but its start."""
@@ -30,7 +31,7 @@ class Writing:
         assert isinstance(claimed, Claimed)
         log = Log(session_id)
         log.append(Cursor(1, 0), Start(session_id, "gpt-4", "openai"))
-        return Storing(log, 1, stored=1)
+        return Storing(log, claimed, stored=1)
 
     def say(self, storing: Storing, *texts: str) -> None:
         """Appends texts to the log and hands them over."""
@@ -71,7 +72,7 @@ def test_of_many_logs_in_one_flush_only_the_fenced_one_is_void(writing: Writing,
         writing.say(storing, "seen")
     wait_until(lambda: lost.stored == 2)
     gevent.sleep(1.05)
-    assert isinstance(make_store("other", LEASE_SECONDS="1").claim("lost", recover=True), Claimed)
+    assert isinstance(make_store("other", LEASE_SECONDS="1").claim("lost", "recover"), Claimed)
 
     for storing in (before, lost, after):
         writing.say(storing, "x")
@@ -105,7 +106,7 @@ def test_the_first_event_is_stored_before_the_log_has_it(writing: Writing) -> No
 def test_the_first_event_of_a_lost_session_makes_the_log_void(writing: Writing, make_store: MakeStore) -> None:
     storing = writing.begin("gone")
     gevent.sleep(1.05)
-    assert isinstance(make_store("other", LEASE_SECONDS="1").claim("gone", recover=True), Claimed)
+    assert isinstance(make_store("other", LEASE_SECONDS="1").claim("gone", "recover"), Claimed)
 
     assert writing.writer.write_first(storing, Cursor(1, 1), Text("a")) is False
     assert storing.log.dropped

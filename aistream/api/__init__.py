@@ -15,6 +15,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 from aistream.background import Background
 from aistream.config import LOOPBACK_ORIGIN, Config
 from aistream.errors import Problem
+from aistream.generation import Generations
 from aistream.providers import Providers
 from aistream.store import Store
 from aistream.telemetry import log as lines
@@ -35,6 +36,7 @@ class Parts:
     store: Store
     providers: Providers
     tokens: Tokens
+    generations: Generations
     viewing: Viewing
     background: Background
 

@@ -27,6 +27,8 @@ bp = Blueprint("init", __name__)
 MAX_MESSAGES = 200
 MAX_METADATA_CHARS = 16_384
 MAX_URL_CHARS = 2_048
+#: Seconds without a viewer after which `"onDisconnect": "cancel"` cancels: a reload, or a tunnel, is no farewell.
+DISCONNECT_GRACE = 30.0
 
 
 def _no_nul(text: str) -> str:
@@ -70,6 +72,9 @@ class InitRequest(BaseModel):
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     metadata: dict[str, Any] | None = None
     format: Literal["text", "json"] | None = None
+    start: Literal["connect", "immediate"] | None = None
+    onDisconnect: Literal["continue", "cancel"] | None = None
+    disconnectGraceSeconds: Annotated[float, Field(ge=1, le=3_600)] | None = None
 
 
 @bp.post("/init-stream")
@@ -123,7 +128,9 @@ def accept(body: dict[str, Any], caller: Caller) -> dict[str, Any]:
     asked = _checked(body, config)
     asked_of_model = _request(asked, config)
     session_id = str(uuid.uuid4())
-    accepted = parts().store.create(session_id, caller.subject, asked_of_model, asked.resumeUrl)
+    accepted = parts().generations.accept(
+        session_id, caller.subject, asked_of_model, asked.resumeUrl, at_once=asked.start == "immediate"
+    )
     # As long as the session can be watched: a reconnect with the same URL must find its token good.
     expires_at = math.ceil(
         time.time() + config.session_ttl_seconds + config.max_stream_seconds + config.keep_seconds + config.replay_seconds
@@ -138,6 +145,11 @@ def accept(body: dict[str, Any], caller: Caller) -> dict[str, Any]:
         "warnings": [
             *(f"{name} is unknown and was ignored" for name in _unknown(body)),
             *(f"{name} is not sent: {asked_of_model.provider} does not take it" for name in _ignored(asked_of_model)),
+            *(
+                ['disconnectGraceSeconds has no effect without "onDisconnect": "cancel"']
+                if asked.disconnectGraceSeconds is not None and asked.onDisconnect != "cancel"
+                else []
+            ),
         ],
     }
 
@@ -160,6 +172,7 @@ def _request(asked: InitRequest, config: Config) -> Request:
         user_id=asked.userId,
         chat_id=asked.chatId,
         metadata=asked.metadata,
+        disconnect_grace=(asked.disconnectGraceSeconds or DISCONNECT_GRACE) if asked.onDisconnect == "cancel" else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""GET /stream/<id>: the answer as Server-Sent Events, to a plain EventSource."""
+"""GET /stream/<id>: the answer as Server-Sent Events, to a plain EventSource. POST /stream/<id>/cancel stops it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import uuid
 
 from flask import Blueprint, Response, request
 
-from aistream.api import bearer, parts
-from aistream.errors import NotFound, Refused
+from aistream.api import bearer, json_response, parts
+from aistream.errors import NotFound, Refused, StoreUnavailable
 from aistream.events import Cursor
+from aistream.session import Missing, State
 from aistream.sse import Mode
 from aistream.viewing import Viewer, refusal_frame
 
@@ -24,12 +25,10 @@ HEADERS = {
 @bp.get("/stream/<session_id>")
 def watch(session_id: str) -> Response:
     """Everything after the cursor, then live. The first to come starts the generation; 204 for who has seen the ending."""
-    token = bearer() or request.args.get("access_token")
-    if parts().tokens.verify_viewer(token) != _normal(session_id):
-        raise NotFound("There is no such stream.")
+    session_id = _allowed(session_id)
     cursor = Cursor.parse(request.headers.get("Last-Event-ID") or request.args.get("last_event_id"))
     mode: Mode = "json" if request.args.get("format") == "json" else "text"
-    viewer = Viewer(parts().viewing, _normal(session_id), cursor, mode)
+    viewer = Viewer(parts().viewing, session_id, cursor, mode)
     try:
         if not viewer.open():
             return Response(status=204, headers=HEADERS)
@@ -46,6 +45,30 @@ def watch(session_id: str) -> Response:
     response = _events(Response(viewer.stream(), direct_passthrough=True))
     response.call_on_close(viewer.close)
     return response
+
+
+@bp.post("/stream/<session_id>/cancel")
+def cancel(session_id: str) -> Response:
+    """Stops the session, from any worker. 202 while its ending is still to come, 200 when it has ended; idempotent.
+
+    No body and no header of its own, so that a page may send it without a CORS preflight, also while it is being left.
+    """
+    session_id = _allowed(session_id)
+    state = parts().generations.cancel(session_id)
+    if isinstance(state, Missing):
+        raise StoreUnavailable if state.perhaps else NotFound("There is no such stream.")
+    ended = state is not State.RUNNING
+    answer = {"ok": True, "streamId": session_id, "status": state.value if ended else "cancelling"}
+    return json_response(answer, 200 if ended else 202)
+
+
+def _allowed(session_id: str) -> str:
+    """The id as we write it. Raises Unauthorized without a good token, NotFound with another session's."""
+    token = bearer() or request.args.get("access_token")
+    normal = _normal(session_id)
+    if parts().tokens.verify_viewer(token) != normal:
+        raise NotFound("There is no such stream.")
+    return normal
 
 
 def _events(response: Response) -> Response:

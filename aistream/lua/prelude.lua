@@ -5,3 +5,9 @@ local function now_ms()
 end
 
 local ENDED = { completed = true, failed = true, cancelled = true, expired = true }
+
+-- Milliseconds since this store was new, or may have lost writes; one that nobody has looked at yet is new.
+local function sure_for(tick_key, now)
+  local since = tonumber(redis.call('HGET', tick_key, 'unsure_at'))
+  return since and now - since or 0
+end

@@ -1,0 +1,79 @@
+"""gunicorn's gevent worker, as a service of long streams needs it to end.
+
+On SIGTERM gunicorn's own worker closes its listener and waits for connections, whatever they are. This one goes on serving
+while it drains: whoever comes back to the last worker of a service that stops still finds it. (A refused connection ends an
+EventSource of Firefox for good.) Where other workers listen on the same port, new connections are theirs.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Any
+
+import gevent
+from gevent.server import StreamServer
+from gunicorn.workers.ggevent import GeventWorker  # type: ignore[import-untyped]
+
+#: Seconds that a new connection waits for another worker, before one that drains takes it.
+RELUCTANCE = 0.25
+#: Seconds for which it then accepts.
+MOMENT = 0.005
+
+
+class Listener(StreamServer):
+    """Accepts connections; `last` only those that nobody else has taken."""
+
+    last = False
+
+    def start_accepting(self) -> None:
+        """Called by gevent at the start, and whenever the pool has room again."""
+        if not self.last:
+            super().start_accepting()
+
+    def accept_left(self) -> None:
+        """Accepts what has waited for longer than any other worker would have let it; never returns."""
+        self.last = True
+        while True:
+            self.stop_accepting()
+            gevent.sleep(RELUCTANCE)
+            super().start_accepting()
+            gevent.sleep(MOMENT)
+
+
+class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
+    """Drains on SIGTERM, then exits."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._listeners: list[Listener] = []
+        self._draining = False
+
+    @property
+    def background(self) -> Any:
+        """The loops of the app that this worker serves."""
+        return self.wsgi.extensions["aistream"].background
+
+    def server_class(self, sock: Any, *, spawn: Any, **_: Any) -> Listener:
+        """gunicorn's hook for a server of one's own: its plain one, kept at hand."""
+        listener = Listener(sock, handle=partial(self.handle, sock), spawn=spawn)
+        if self.cfg.workers > 1:
+            listener.max_accept = 1  # as gunicorn does: the others shall have some
+        self._listeners.append(listener)
+        return listener
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """SIGTERM: stays alive for gunicorn's master and for its connections, until it has drained."""
+        if not self._draining:
+            self._draining = True
+            gevent.spawn(self._leave)
+
+    def _leave(self) -> None:
+        if getattr(self, "wsgi", None) is None:
+            sys.exit(0)  # told before it had begun
+        for listener in self._listeners:
+            gevent.spawn(listener.accept_left)
+        self.background.drain()
+        # What is left now are kept-alive connections with nothing to say. gunicorn would wait for them to the end of
+        # `graceful_timeout` and answer each with a 500; an exit just closes them.
+        sys.exit(0)  # from any greenlet gevent carries this to the main one
