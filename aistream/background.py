@@ -144,7 +144,7 @@ class Background:
         look = self._store.due(callbacks=0 if self._recall.behind else self._delivery.free)
         if look.lost:
             # What is owed first: nobody may act on what the store says before it has been told what it lost.
-            lines.warning("store.lost_writes")
+            lines.log(30 if len(self._recall) or self._generations.running else 10, "store.lost_writes")
             self._recall.doubt()
             self._generations.renew()
             return

@@ -373,22 +373,23 @@ class Store:
     def due(self, *, callbacks: int) -> Look:
         """Sessions whose deadline has passed; at most so many with a callback due."""
         seen = self._last_look
+        word = uuid.uuid4().hex.encode()
         while True:
             lost = self.connections.lost
-            args = [DUE, _ms(self._config.lease_seconds), _session(""), callbacks, uuid.uuid4().hex]
-            birth, number, answer = self._run(
-                "due", [_DEADLINES, _TICK], [*args, int(self._connection_lost()), _ms(NOTICED)]
-            )
+            args = [DUE, _ms(self._config.lease_seconds), _session(""), callbacks, word]
+            birth, number, answer = self._run("due", [_DEADLINES, _TICK], [*args, int(self._connection_lost()), _ms(NOTICED)])
             if lost == self.connections.lost:
                 break  # else a connection broke unheard, and what answered may be another Redis: it is told so
+        # A store that is new to a worker's first look may have been emptied since the worker began to use it.
+        went_back = birth == word if seen is None else birth != seen[0] or number <= seen[1]
+        went_back = went_back or self._connection_lost()
         self._last_look = (birth, number, lost)
-        went_back = seen is not None and (birth != seen[0] or number <= seen[1] or lost != seen[2])
         items = [item.decode() for item in answer]
         return Look([(items[i], State(items[i + 1])) for i in range(0, len(items), 2)], went_back)
 
     def _connection_lost(self) -> bool:
         """Whether a connection has broken since the last look: behind it may be another Redis now, without the last writes."""
-        return self._last_look is not None and self._last_look[2] != self.connections.lost
+        return self.connections.lost != (self._last_look[2] if self._last_look else 0)
 
     def take_callback(self, session_id: str) -> Taken | None:
         """Takes a due callback for one attempt, or None where there is nothing to do now."""
