@@ -23,7 +23,7 @@ timeout = 60
 keepalive = 75
 # Longer than the drain, which ends by itself: what gunicorn kills has said no last words.
 graceful_timeout = int(service.drain_seconds) + 15
-# A bad cursor is no cursor, also one of 10 KB: gunicorn's own limit of 8 KB would answer it with an error that ends an EventSource.
+# A bad cursor is no cursor, also one of 10 KB: at gunicorn's own limit of 8 KB the answer is one that ends an EventSource.
 limit_request_field_size = 16_384
 limit_request_fields = 64
 # The service writes its own lines, without query strings: those hold access tokens.

@@ -122,7 +122,8 @@ class Recall:
             for again in [voices.spawn(self._tell_again, told) for told in list(self._told.values())]:
                 again.get()  # raises what it raised
             self._behind = False
-            lines.log(30 if self._told else 10, "recall.told", endings=len(self._told), duration_ms=round((time.monotonic() - began) * 1000))
+            if self._told:
+                lines.warning("recall.told", endings=len(self._told), duration_ms=round((time.monotonic() - began) * 1000))
         if self._pending_again_at is not None and time.monotonic() >= self._pending_again_at:
             for accepted, _ in list(self._pending.values()):
                 self._store.create_again(accepted)
