@@ -131,14 +131,15 @@ class Background:
                 self._generations.answer_doubt()
 
     def _repeat(self, name: str, period: float, work: Callable[[], None]) -> None:
+        # At once for the first time: a store that is new to the first look, after a session was stored, has been emptied.
         while True:
-            gevent.sleep(period)
             try:
                 work()
             except StoreUnavailable:
                 lines.warning("store.away", during=name)
             except Exception as error:  # the root of a loop: it goes on
                 lines.error("background.failed", during=name, error=error)
+            gevent.sleep(period)
 
     def _look_at_deadlines(self) -> None:
         look = self._store.due(callbacks=0 if self._recall.behind else self._delivery.free)

@@ -15,16 +15,13 @@ from gevent.event import Event as Signal
 
 from aistream.config import Config
 from aistream.errors import StoreUnavailable
-from aistream.events import Cursor, Event, Failed, Reasoning, Text
+from aistream.events import Cursor, Event, Reasoning, Text
 from aistream.log import Log
 from aistream.store import AWAY, Store
 from aistream.telemetry import log as lines
 
 #: Seconds between two reads.
 PERIOD = 0.025
-
-#: The ending, for viewers, of a session that is gone without one.
-LOST = Failed("session_lost", "The session was lost together with the server that ran it.", False)
 
 
 class _Followed:
@@ -34,6 +31,11 @@ class _Followed:
         self.log = Log(session_id)
         self.viewers = 0
         self.heard_at = time.monotonic()
+
+    @property
+    def open(self) -> bool:
+        """Whether more may come."""
+        return not (self.log.ended or self.log.dropped or self.log.lost)
 
 
 class Follower:
@@ -49,7 +51,7 @@ class Follower:
     def follow(self, session_id: str) -> Iterator[Log]:
         """The session's log, filled up to now, and further for as long as the context is open. Raises StoreUnavailable."""
         followed = self._followed.get(session_id)
-        if followed is None or followed.log.dropped:
+        if followed is None or followed.log.dropped or followed.log.lost:
             followed = self._followed[session_id] = _Followed(session_id)
         followed.viewers += 1
         try:
@@ -67,7 +69,7 @@ class Follower:
         """The loop; never returns."""
         while True:
             self._signal.wait()
-            live = {session_id: one for session_id, one in self._followed.items() if not (one.log.ended or one.log.dropped)}
+            live = {session_id: one for session_id, one in self._followed.items() if one.open}
             if not live:
                 self._signal.clear()
                 continue
@@ -96,7 +98,7 @@ class Follower:
             followed.heard_at = time.monotonic()
 
     def _end_the_lost(self, live: dict[str, _Followed]) -> None:
-        """Ends the logs of sessions that are gone without an ending: nobody will ever write one."""
+        """Lets go of sessions that are gone without an ending: nobody will ever write one."""
         now = time.monotonic()
         silent = [session_id for session_id, one in live.items() if now - one.heard_at > self._silence]
         if not silent:
@@ -106,5 +108,4 @@ class Follower:
             one = live[session_id]
             one.heard_at = now
             if session_id in forgotten:
-                last = one.log.last
-                one.log.append(Cursor(last.epoch, last.seq + 1) if last else Cursor(1, 0), LOST)
+                one.log.lose()

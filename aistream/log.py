@@ -20,7 +20,7 @@ PIECE = 65_536
 class Log:
     """Events in the order of their cursors; `seq` is contiguous within an epoch. The last one is the ending."""
 
-    __slots__ = ("_bases", "_frames", "_waiters", "cursors", "dropped", "ended", "events", "session_id", "text_epoch")
+    __slots__ = ("_bases", "_frames", "_waiters", "cursors", "dropped", "ended", "events", "lost", "session_id", "text_epoch")
 
     def __init__(self, session_id: str) -> None:
         self.session_id = session_id
@@ -29,6 +29,8 @@ class Log:
         self.ended = False
         #: The writer lost its lease: what stands here may not be what the session's log says. Readers turn to the store.
         self.dropped = False
+        #: The session is gone from the store: nobody will ever write its ending.
+        self.lost = False
         #: The epoch that said something last. What an earlier one said, and a failover lost, does not go before it.
         self.text_epoch = 0
         self._frames: dict[Mode, list[bytes]] = {}
@@ -126,4 +128,9 @@ class Log:
     def drop(self) -> None:
         """Declares this copy void and sends its readers back to the store."""
         self.dropped = True
+        self.wake()
+
+    def lose(self) -> None:
+        """Declares that no ending will come, and lets its readers say so."""
+        self.lost = True
         self.wake()

@@ -199,6 +199,9 @@ class Viewer:
                     self._bytes += len(frames)
                     self.spoke_at = time.monotonic()
                     yield frames
+            elif log.lost:
+                yield refusal_frame(Refused("session_lost"), self.cursor, self.mode)
+                return True
             elif self._due:
                 due, self._due = self._due, b""
                 self.spoke_at = time.monotonic()

@@ -186,7 +186,7 @@ def test_all_optional_fields_are_kept_as_they_are(make_client: MakeClient) -> No
 
 
 def test_null_is_as_good_as_absent(client: FlaskClient) -> None:
-    optional = "userId chatId model max_tokens messages system temperature top_p stop metadata format".split()  # noqa: SIM905
+    optional = set(FIELDS.split()) - {"resumeUrl", "prompt"}
 
     answer = init(client, **dict.fromkeys(optional))
 
@@ -250,6 +250,31 @@ def test_what_a_provider_does_not_take_is_listed(make_client: MakeClient, model:
     body = accepted(init(client, model=model, temperature=1, top_p=0.5))
 
     assert [warning.split(" ")[0] for warning in body["warnings"]] == (["temperature", "top_p"] if unused else [])
+
+
+@pytest.mark.parametrize(
+    ("body", "grace"),
+    [
+        ({}, None),
+        ({"onDisconnect": "continue"}, None),
+        ({"onDisconnect": "cancel"}, 30),
+        ({"onDisconnect": "cancel", "disconnectGraceSeconds": 1}, 1),
+        ({"onDisconnect": "cancel", "disconnectGraceSeconds": 3600}, 3600),
+    ],
+)
+def test_an_answer_outlives_its_viewers_unless_its_workflow_wants_it_otherwise(
+    client: FlaskClient, body: dict[str, Any], grace: float | None
+) -> None:
+    answer = init(client, **body)
+
+    assert accepted(answer)["warnings"] == []
+    assert stored(client, answer).disconnect_grace == grace
+
+
+def test_a_grace_period_that_has_no_effect_is_told(client: FlaskClient) -> None:
+    body = accepted(init(client, disconnectGraceSeconds=5))
+
+    assert body["warnings"] == ['disconnectGraceSeconds has no effect without "onDisconnect": "cancel"']
 
 
 def test_user_chat_and_metadata_reach_n8n_in_the_types_they_came_in(client: FlaskClient, n8n: Receiver) -> None:
@@ -333,6 +358,12 @@ LONG = {"prompt": "x" * 200_001, "url": "http://n8n.test/" + "x" * 2_048}
         ({"metadata": [PRIVATE]}, "metadata", "expected a JSON object"),
         ({"metadata": {"a": "x" * 16_384}}, "metadata", "is too large: expected at most 16384 bytes of JSON"),
         ({"format": PRIVATE}, "format", "expected 'text' or 'json'"),
+        ({"start": PRIVATE}, "start", "expected 'connect' or 'immediate'"),
+        ({"start": True}, "start", "expected 'connect' or 'immediate'"),
+        ({"onDisconnect": PRIVATE}, "onDisconnect", "expected 'continue' or 'cancel'"),
+        ({"disconnectGraceSeconds": 0.9}, "disconnectGraceSeconds", "expected greater than or equal to 1"),
+        ({"disconnectGraceSeconds": 3_601}, "disconnectGraceSeconds", "expected less than or equal to 3600"),
+        ({"disconnectGraceSeconds": "30"}, "disconnectGraceSeconds", "expected a number"),
     ],
     ids=lambda value: str(value)[:40].replace("\0", "NUL"),
 )
@@ -513,7 +544,10 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
-FIELDS = "resumeUrl prompt userId chatId model max_tokens messages system temperature top_p stop metadata format"
+FIELDS = (
+    "resumeUrl prompt userId chatId model max_tokens messages system temperature top_p stop metadata format"
+    " start onDisconnect disconnectGraceSeconds"
+)
 EXAMPLES = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

@@ -7,7 +7,6 @@ import gevent
 import httpx
 import jwt
 import pytest
-import redis
 
 from tests.neighbours.provider import ProviderServer
 from tests.neighbours.receiver import HANG, Receiver
@@ -200,29 +199,20 @@ def test_a_token_opens_its_own_stream_and_no_other(service: Service, other: str)
     assert answer.headers["Content-Type"] == "application/problem+json"
 
 
-def test_a_session_the_store_has_forgotten_is_not_found(start_service: StartService, redis_url: str) -> None:
-    service = start_service(REDIS_URL=redis_url)
-    url = service.stream_url(model="echo")
-    with redis.Redis.from_url(redis_url) as client:
-        client.flushall()
-
-    assert httpx.get(url, headers=EVENT_STREAM).status_code == 404
-
-
-def test_a_viewer_whose_session_the_store_has_lost_is_told_so(
-    start_service: StartService, redis_url: str, provider: ProviderServer
+def test_a_session_that_a_young_store_does_not_know_is_held_then_lost_and_from_then_on_not_found(
+    start_service: StartService, redis_url: str
 ) -> None:
-    service = start_service(REDIS_URL=redis_url, LEASE_SECONDS="1", **provider.environ)
-    url = service.stream_url(model="gpt-test-hold-n4-k2-i7")
+    service = start_service(REDIS_URL=redis_url, LEASE_SECONDS="1")
+    session = "0a9cb0f8-0bc8-4d9c-a8be-0f7d3ee9cfb8"
+    token = viewer_token(SECRET, sub=session)
+    url = f"{service.url}/stream/{session}?access_token={token}"
 
-    with service.watch(url) as viewer, redis.Redis.from_url(redis_url) as client:
-        seen = [next(viewer) for _ in range(2)]
-        client.flushall()
-        rest = list(viewer)
+    plain = httpx.get(url)
+    (held,) = service.read(url)
 
-    assert [(event.event, event.id) for event in rest] == [("error", seen[-1].id)]
-    assert '"code":"session_lost"' in rest[0].data
-    provider.release()
+    assert (plain.status_code, plain.json()["code"]) == (503, "store_unavailable")
+    assert held.event == "error" and '"code":"session_lost"' in held.data
+    assert httpx.get(url, headers=EVENT_STREAM).status_code == httpx.get(url).status_code == 404
 
 
 def test_a_session_nobody_came_for_expires_and_both_sides_are_told(start_service: StartService, n8n: Receiver) -> None:

@@ -432,6 +432,26 @@ def test_a_callback_on_its_way_when_redis_loses_its_data_is_sent_once(
     assert len(n8n.requests) == 1
 
 
+def test_a_viewer_is_told_when_redis_loses_a_session_together_with_the_worker_that_ran_it(
+    pair_on: Callable[[str], list[Service]], redis: RedisServer
+) -> None:
+    owner, other = pair_on(redis.url)
+    url = owner.stream_url(model="gpt-test-hold-n6-k3-i255")
+    with watch(on(owner, url)) as viewer, watch(on(other, url)) as follower:
+        seen = [next(viewer) for _ in range(3)]
+        followed = [next(follower) for _ in range(3)]
+        os.killpg(owner.pid, signal.SIGKILL)
+
+        redis.empty()
+        (last,) = list(follower)
+
+    again = httpx.get(on(other, url), headers={**EVENT_STREAM, "Last-Event-ID": last.id}, timeout=30)
+    fresh = httpx.get(on(other, url), headers=EVENT_STREAM, timeout=30)
+    assert followed == seen
+    assert (last.event, last.id, json.loads(last.data)["code"]) == ("error", seen[-1].id, "session_lost")
+    assert (again.status_code, fresh.status_code) == (404, 404)
+
+
 def test_a_session_that_expired_is_not_told_twice_by_a_redis_that_starts_empty(
     start_service: StartService, redis: RedisServer, n8n: Receiver
 ) -> None:

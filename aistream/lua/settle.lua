@@ -4,13 +4,16 @@
 --       same, 6 the last answer in a few words, 7 seconds of replay, 8 seconds to keep a dead letter, 9 seconds to keep a tombstone
 -- gives 1 if it was taken, 0 if the attempt is not the current one
 -- Atomic: state of the callback, its next deadline and the time to live of the keys belong together. Idempotent: 'delivered'
--- always wins, the others need the number of the current, still open attempt.
+-- always wins, and what is delivered stays as it is; the others need the number of the current, still open attempt.
 local s = redis.call('HMGET', KEYS[1], 'callback', 'attempt', 'open')
 if not s[1] then
   redis.call('ZREM', KEYS[4], ARGV[1])
   return 0
 end
 local outcome = ARGV[3]
+if s[1] == 'delivered' then
+  return outcome == 'delivered' and 1 or 0
+end
 if outcome ~= 'delivered' and (s[1] ~= 'owed' or s[2] ~= ARGV[2] or s[3] ~= '1') then
   return 0
 end
