@@ -68,6 +68,7 @@ class Background:
             follower.run,
             self._heartbeats,
             self._ticks,
+            self._check_store,
             *(
                 partial(self._repeat, name, period, work)
                 for name, period, work in (
@@ -129,6 +130,22 @@ class Background:
             if self._pulse.doubted():
                 lines.warning("worker.was_stopped")
                 self._generations.answer_doubt()
+
+    def _check_store(self) -> None:
+        """Says, as soon as Redis answers, what it is, and what would make it lose sessions."""
+        while True:
+            try:
+                nature = self._store.nature()
+                break
+            except StoreUnavailable:
+                gevent.sleep(POLL)
+        if nature is None:
+            return
+        evicts = nature.maxmemory_policy != "noeviction"
+        advice = ["set maxmemory-policy to noeviction: Redis may drop sessions when it is full"] if evicts else []
+        if not nature.append_only:
+            advice.append("set appendonly to yes: a Redis that restarts without its data forgets what no worker knows")
+        (lines.warning if evicts else lines.info)("store.checked", **nature._asdict(), **({"advice": advice} if advice else {}))
 
     def _repeat(self, name: str, period: float, work: Callable[[], None]) -> None:
         # At once for the first time: a store that is new to the first look, after a session was stored, has been emptied.

@@ -108,6 +108,14 @@ class Holding(NamedTuple):
     stored: int
 
 
+class Nature(NamedTuple):
+    """What kind of Redis it is: its version, what it does when it is full, and whether it keeps an append-only file."""
+
+    version: str
+    maxmemory_policy: str
+    append_only: bool
+
+
 class Taken(msgspec.Struct, frozen=True):
     """A callback taken for one attempt. `ambiguous`: an earlier attempt may have arrived."""
 
@@ -135,6 +143,16 @@ class Store:
     def ping(self) -> None:
         """Returns when Redis answers."""
         self._call("PING")
+
+    def nature(self) -> Nature | None:
+        """What kind of Redis it is, or None where it does not say so (the embedded store, or an ACL without INFO)."""
+        if self._config.embedded_store:
+            return None
+        try:
+            said = dict(line.split(":", 1) for line in self._call("INFO").decode().splitlines() if ":" in line)
+            return Nature(said["redis_version"], said["maxmemory_policy"], said["aof_enabled"] == "1")
+        except (redis.ResponseError, KeyError):
+            return None
 
     def create(self, session_id: str, subject: str, request: Request, resume_url: str) -> Accepted:
         """A new pending session. Idempotent by id."""

@@ -357,6 +357,41 @@ def test_a_viewer_of_another_worker_gets_what_it_missed_when_redis_is_back(
     assert followed == got and got[-1].data == "[DONE]"
 
 
+@pytest.mark.parametrize(
+    ("settings", "level", "advised"),
+    [
+        ({"maxmemory-policy": "noeviction", "appendonly": "yes"}, "info", []),
+        ({"maxmemory-policy": "noeviction", "appendonly": "no"}, "info", ["appendonly"]),
+        ({"maxmemory-policy": "allkeys-lru", "appendonly": "no"}, "warning", ["maxmemory-policy", "appendonly"]),
+    ],
+)
+def test_a_redis_that_would_lose_sessions_is_warned_of_at_start(
+    start_service: StartService, redis: RedisServer, settings: dict[str, str], level: str, advised: list[str]
+) -> None:
+    with redis.client() as client:
+        for name, value in settings.items():
+            client.config_set(name, value)
+        version = client.info("server")["redis_version"]
+
+    service = start_service(REDIS_URL=redis.url)
+
+    wait_until(lambda: service.lines("store.checked"))
+    (line,) = service.lines("store.checked")
+    assert (line["level"], line["version"]) == (level, version)
+    assert (line["maxmemory_policy"], line["append_only"]) == (settings["maxmemory-policy"], settings["appendonly"] == "yes")
+    assert [advice.split()[1] for advice in line.get("advice", [])] == advised
+
+
+def test_a_redis_that_does_not_say_what_it_is_will_do(start_service: StartService, redis: RedisServer) -> None:
+    with redis.client() as client:
+        client.execute_command("ACL", "SETUSER", "default", "-info")
+
+    service = start_service(REDIS_URL=redis.url)
+
+    assert text_of(service.read(service.stream_url(model="echo", prompt="a b"))) == "a b"
+    assert service.lines("store.checked") == [] and "Traceback" not in service.log
+
+
 # Redis that has lost its data
 
 
