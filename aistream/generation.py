@@ -272,12 +272,12 @@ class Generations:
         self._doubting = BoundedSemaphore()
         self._watched_from = 0.0
 
-    def accept(self, session_id: str, subject: str, request: Request, resume_url: str, *, at_once: bool) -> Accepted:
-        """A new session. It waits for its first viewer, or (`at_once`) for nobody. Raises StoreUnavailable."""
+    def accept(self, session_id: str, subject: str, request: Request, resume_url: str) -> Accepted:
+        """A new session. It waits for its first viewer, unless it is to start immediately. Raises StoreUnavailable."""
         accepted = self.store.create(session_id, subject, request, resume_url)
         self._recall.accepted(accepted)
-        if at_once:
-            with suppress(StoreUnavailable):  # it is accepted, and its first viewer may still start it
+        if request.immediate:
+            with suppress(StoreUnavailable):  # it is accepted: its first viewer starts it, or its deadline
                 self.claim(session_id)
         return accepted
 
@@ -325,9 +325,12 @@ class Generations:
             self._ask(session_id, "confirm")
 
     def expire(self, session_id: str) -> None:
-        """Ends a pending session that nobody came for, or that somebody has stopped."""
+        """Ends a pending session that nobody came for, or that somebody has stopped. One that waits for nobody is begun."""
         accepted = self.store.pending(session_id)
         if accepted is None:
+            return
+        if accepted.request.immediate:
+            self.claim(session_id)
             return
         outcome = Outcome(EXPIRED, accepted.request.model, Usage(0, 0, source="provider"))
         finished = self.store.finish(session_id, 0, 0, 0, EXPIRED, "", outcome)

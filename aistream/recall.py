@@ -16,7 +16,7 @@ from gevent.pool import Pool
 from aistream.config import Config
 from aistream.events import Ending
 from aistream.log import Log
-from aistream.session import Accepted, Claimed, Finished, Outcome, State
+from aistream.session import CANCELLED, Accepted, Claimed, Finished, Outcome, State
 from aistream.store import VISIBILITY, Store, Word
 from aistream.telemetry import log as lines
 
@@ -136,6 +136,8 @@ class Recall:
     def _tell_again(self, told: Told) -> None:
         if told.claimed is None:
             self._store.create_again(told.accepted)
+            if told.ending == CANCELLED:
+                self._store.cancel(told.accepted.id)  # it may have been stopped long before its deadline
         # An attempt that is under way hides the callback, as taking it has.
         result = self._finish(told)
         if not isinstance(result, Finished) and told.claimed is not None:

@@ -51,7 +51,7 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     """What an accepted init asked for: all that the generation and the callback need, and nothing of how it was asked.
 
     `user_id`, `chat_id` and `metadata` are echoed in the JSON type they came in. `disconnect_grace`: seconds after the last
-    viewer has left until the session is cancelled; None: it goes on without viewers.
+    viewer has left until the session is cancelled; None: it goes on without viewers. `immediate`: it waits for no viewer.
     """
 
     prompt: str
@@ -68,6 +68,7 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     chat_id: Any = None
     metadata: Any = None
     disconnect_grace: float | None = None
+    immediate: bool = False
 
     def conversation(self) -> list[Message]:
         """All turns in order; the prompt is the last."""
@@ -102,7 +103,7 @@ class Session(msgspec.Struct, frozen=True):
 class Accepted(msgspec.Struct, frozen=True):
     """What an accepted init stored, and what never changes afterwards. Points in time are ms since 1970 by Redis's clock.
 
-    `subject` owns the session; at `deadline` it expires if nobody has come.
+    `subject` owns the session; at `deadline` it expires if nobody has come, or is begun if it waits for nobody.
     """
 
     id: str

@@ -155,7 +155,10 @@ class Store:
             return None
 
     def create(self, session_id: str, subject: str, request: Request, resume_url: str) -> Accepted:
-        """A new pending session. Idempotent by id."""
+        """A new pending session. Idempotent by id.
+
+        One that waits for no viewer is claimed by whoever accepted it; a lease later, by whoever is alive.
+        """
         accepted = Accepted(session_id, subject, request, resume_url, created_at=0, deadline=0)
         created_at, deadline = self._create(accepted, "", "")
         return msgspec.structs.replace(accepted, created_at=created_at, deadline=deadline)
@@ -170,7 +173,7 @@ class Store:
             [_session(accepted.id), _content(accepted.id), _DEADLINES],
             [
                 accepted.id,
-                _ms(self._config.session_ttl_seconds),
+                _ms(self._config.lease_seconds if accepted.request.immediate else self._config.session_ttl_seconds),
                 self._config.keep_seconds,
                 accepted.subject,
                 to_entry(accepted.start)[1],

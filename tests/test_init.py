@@ -271,6 +271,15 @@ def test_an_answer_outlives_its_viewers_unless_its_workflow_wants_it_otherwise(
     assert stored(client, answer).disconnect_grace == grace
 
 
+def test_a_session_that_starts_immediately_waits_for_nobody(client: FlaskClient) -> None:
+    answer = init(client, start="immediate")
+
+    assert accepted(answer)["warnings"] == []
+    assert accepted(answer)["expiresAt"] is None
+    assert stored(client, answer).immediate
+    assert not stored(client, init(client, start="connect")).immediate
+
+
 def test_a_grace_period_that_has_no_effect_is_told(client: FlaskClient) -> None:
     body = accepted(init(client, disconnectGraceSeconds=5))
 

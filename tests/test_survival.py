@@ -9,13 +9,18 @@ import os
 import signal
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import gevent
 import httpx
 import pytest
 
+from aistream.session import Request
+from aistream.store import Store
+from tests.conftest import make_config
 from tests.neighbours.line import Line
 from tests.neighbours.provider import Asked, ProviderServer
 from tests.neighbours.receiver import HANG, Receiver
@@ -164,6 +169,20 @@ def test_an_immediate_session_runs_without_a_viewer(service: Service, n8n: Recei
 
     assert callback.json["status"] == "completed"
     assert text_of(service.read(url)) == callback.json["answer"] != ""
+
+
+def test_an_immediate_session_whose_worker_was_lost_before_it_began_is_begun_by_another(
+    start_service: StartService, redis_url: str, n8n: Receiver
+) -> None:
+    environ = {"REDIS_URL": redis_url, **LEASE}
+    asked = Request(prompt="a b", requested_model="echo", model="echo", provider="echo", max_tokens=5, immediate=True)
+    start_service(**environ)
+
+    with closing(Store(make_config(**environ))) as lost:
+        lost.create(str(uuid.uuid4()), "n8n", asked, n8n.url())
+
+    (callback,) = n8n.wait_for(1)
+    assert (callback.json["status"], callback.json["answer"]) == ("completed", "a b")
 
 
 def test_a_session_that_wants_it_is_cancelled_when_its_last_viewer_has_left(
@@ -465,6 +484,23 @@ def test_a_callback_on_its_way_when_redis_loses_its_data_is_sent_once(
     gevent.sleep(2)
 
     assert len(n8n.requests) == 1
+
+
+def test_a_session_stopped_before_anybody_came_is_not_told_twice_by_a_redis_that_starts_empty(
+    pair_on: Callable[[str], list[Service]], redis: RedisServer, n8n: Receiver
+) -> None:
+    accepting, other = pair_on(redis.url)
+    url = accepting.stream_url(model="gpt-test-hello-i256", resumeUrl=n8n.url())
+    stop(on(other, url))
+    n8n.wait_for(1)
+    wait_until(lambda: other.lines("callback.attempted"))
+
+    redis.empty()
+    wait_until(lambda: other.lines("recall.told"))
+    events = other.read(on(other, url))
+
+    assert [event.data for event in events] == ["[DONE]"]
+    assert [callback.json["status"] for callback in n8n.requests] == ["cancelled"]
 
 
 def test_a_viewer_is_told_when_redis_loses_a_session_together_with_the_worker_that_ran_it(

@@ -128,9 +128,7 @@ def accept(body: dict[str, Any], caller: Caller) -> dict[str, Any]:
     asked = _checked(body, config)
     asked_of_model = _request(asked, config)
     session_id = str(uuid.uuid4())
-    accepted = parts().generations.accept(
-        session_id, caller.subject, asked_of_model, asked.resumeUrl, at_once=asked.start == "immediate"
-    )
+    accepted = parts().generations.accept(session_id, caller.subject, asked_of_model, asked.resumeUrl)
     # As long as the session can be watched: a reconnect with the same URL must find its token good.
     expires_at = math.ceil(
         time.time() + config.session_ttl_seconds + config.max_stream_seconds + config.keep_seconds + config.replay_seconds
@@ -141,7 +139,7 @@ def accept(body: dict[str, Any], caller: Caller) -> dict[str, Any]:
         "streamUrl": f"{config.base_url}/stream/{session_id}?access_token={token}"
         + ("&format=json" if asked.format == "json" else ""),
         "streamId": session_id,
-        "expiresAt": timestamp(accepted.deadline),
+        "expiresAt": None if asked_of_model.immediate else timestamp(accepted.deadline),
         "warnings": [
             *(f"{name} is unknown and was ignored" for name in _unknown(body)),
             *(f"{name} is not sent: {asked_of_model.provider} does not take it" for name in _ignored(asked_of_model)),
@@ -173,6 +171,7 @@ def _request(asked: InitRequest, config: Config) -> Request:
         chat_id=asked.chatId,
         metadata=asked.metadata,
         disconnect_grace=(asked.disconnectGraceSeconds or DISCONNECT_GRACE) if asked.onDisconnect == "cancel" else None,
+        immediate=asked.start == "immediate",
     )
 
 
