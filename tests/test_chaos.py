@@ -4,13 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from bench.chaos import FAULTS, KINDS, Options, redis_program, run
+from bench.chaos.experiment import run
+from bench.chaos.plan import FAULTS, KINDS, Options
 from tests.conftest import missing
+from tests.neighbours.redis import program
 
 
 @pytest.mark.timeout(240)
 def test_a_short_chaos_run_ends_with_zeros(tmp_path: Path) -> None:
-    if redis_program() is None:
+    if program() is None:
         missing("redis-server")
     options = Options(streams=60, concurrency=25, faults=12, seed=1, folder=tmp_path)
 
