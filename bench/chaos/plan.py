@@ -40,7 +40,10 @@ FRAGMENTS = (
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How much, and from which seed. Logs and stories go into a new folder in `folder` (None: where temporary files go)."""
+    """How much, and from which seed. Logs and stories go into a new folder in `folder` (None: where temporary files go).
+
+    `pace`: streams per second that begin where no schedule of faults sets the pace.
+    """
 
     streams: int = 2000
     concurrency: int = 30
@@ -48,6 +51,7 @@ class Options:
     seed: int = 1
     without: frozenset[str] = frozenset()
     folder: Path | None = None
+    pace: float = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +111,7 @@ def plan_faults(options: Options) -> list[Planned]:
     kinds = _deal(shares, math.ceil(options.faults * SHARE), rng)
     schedule: list[Planned] = []
     at = 2.0
-    for kind, following in zip(kinds, [*kinds[1:], ""], strict=True):
+    for kind, following in zip(kinds, [*kinds[1:], ""], strict=False):
         lasts = {
             "kill": 0.0,
             "stop": rng.uniform(LEASE * 1.2, LEASE * 2.2),

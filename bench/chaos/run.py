@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import gevent
 from gevent.pool import Pool
 
 from bench.chaos.faults import Faults
-from bench.chaos.plan import DRAIN, LEASE, SESSION_TTL, Options, plan_faults, plan_streams
+from bench.chaos.plan import DRAIN, LEASE, SESSION_TTL, Options, Plan, plan_faults, plan_streams
 from bench.chaos.processes import connections_of, workers_of
 from bench.chaos.record import Session
 from bench.chaos.verdict import Evidence
@@ -61,17 +61,19 @@ class Progress:
 class Run:
     """One run: the neighbours, the streams, the faults."""
 
-    def __init__(self, options: Options, folder: Path) -> None:
+    def __init__(self, options: Options, folder: Path, environ: Mapping[str, str] | None = None) -> None:
+        """`environ`: on top of the service's variables."""
         self.options = options
         self.folder = folder
         self.schedule = plan_faults(options)
-        self.seconds = self.schedule[-1].at + self.schedule[-1].lasts + 1 if self.schedule else options.streams / 10
+        self.seconds = self.schedule[-1].at + self.schedule[-1].lasts + 1 if self.schedule else options.streams / options.pace
         self.plans = plan_streams(options, self.seconds)
         self.sessions: list[Session] = []
         self.began = time.time()
         self.provider = ProviderServer()
         self.n8n = Receiver()
         self.redis = RedisServer(folder / "redis", _quiet_port())
+        self._environ = environ or {}
         self.service: Service
         self.faults: Faults
 
@@ -80,7 +82,7 @@ class Run:
         self.provider.start()
         self.n8n.__enter__()
         self.redis.start()
-        environ = {**self.provider.environ, **ENVIRON, "REDIS_URL": self.redis.url}
+        environ = {**self.provider.environ, **ENVIRON, **self._environ, "REDIS_URL": self.redis.url}
         self.service = Service(self.folder / "service.log", environ)
         self.faults = Faults(self.schedule, self.seconds, self.service, self.redis, self.provider.url)
         self.service.start()
@@ -100,12 +102,12 @@ class Run:
         self.n8n.__exit__()
         self.provider.stop()
 
-    def drive(self) -> None:
-        """All streams and all faults, to the end of both."""
+    def drive(self, plans: Sequence[Plan] | None = None) -> None:
+        """All streams (or these) and all faults, to the end of both."""
         streams = Pool(self.options.concurrency)
         faults = gevent.spawn(self.faults.run)
         try:
-            for plan in self.plans:
+            for plan in self.plans if plans is None else plans:
                 while self.faults.scheduled() < plan.at and not faults.ready():
                     gevent.sleep(0.02)
                 session = Session(plan)
