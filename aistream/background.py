@@ -96,6 +96,8 @@ class Background:
     def drain(self) -> None:
         """Lets everything finish for up to DRAIN_SECONDS; what is left ends as failed, with its partial answer.
 
+        A callback that is still being sent then is left to another worker.
+
         Returns when that is done, to every caller.
         """
         if self.draining:
@@ -109,8 +111,12 @@ class Background:
             generation.stop(SHUTTING_DOWN)
         if cut:
             self._wait_until_idle(time.monotonic() + LAST_WORDS)
+        given_up = self._delivery.give_up()
+        if given_up:
+            self._wait_until_idle(time.monotonic() + 1.0)  # what came of them is recorded
         gevent.sleep(LAST_BYTES)
-        lines.info("worker.drained", cut=len(cut), duration_ms=round((time.monotonic() - began) * 1000))
+        duration_ms = round((time.monotonic() - began) * 1000)
+        lines.info("worker.drained", cut=len(cut), callbacks_given_up=given_up, duration_ms=duration_ms)
         self.stop()
         self._drained.set()
 

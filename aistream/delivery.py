@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import time
+from typing import Any
 from urllib.parse import urlsplit
 
 import gevent
@@ -38,6 +39,8 @@ class Delivery:
         self._recall = recall
         self._outbound = outbound
         self._senders = Pool(SENDERS)
+        #: Those of them that wait for a receiver.
+        self._sending: set[Any] = set()
 
     def __len__(self) -> int:
         return len(self._senders)
@@ -51,6 +54,13 @@ class Delivery:
         """The session's callback is due: it is attempted now if there is a place. Without yielding."""
         if not self._senders.full():
             self._senders.spawn(self._attempt, session_id)
+
+    def give_up(self) -> int:
+        """Breaks off the attempts that are still being made: another worker makes the next ones. Gives their number."""
+        sending = list(self._sending)
+        for sender in sending:
+            sender.kill(SendFailed("the service was stopped in mid-attempt", sent=True), block=False)
+        return len(sending)
 
     def _attempt(self, session_id: str) -> None:
         try:
@@ -88,11 +98,15 @@ class Delivery:
     def _send(self, taken: Taken) -> tuple[Meaning, int | None]:
         body = payload(taken.session, taken.attempt)
         signed = headers(taken.session.id, body, int(time.time()), self._config.callback_secret)
+        sender: Any = gevent.getcurrent()
         try:
+            self._sending.add(sender)
             with gevent.Timeout(ATTEMPT, SendFailed("no whole answer in time", sent=True)):
                 answer = self._outbound.post(taken.session.resume_url, body, signed)
         except SendFailed as failed:
             return Retry(failed.reason, arrived=failed.sent), None
+        finally:
+            self._sending.discard(sender)
         return meaning(answer, ambiguous=taken.ambiguous), answer.status
 
     def _settle(self, taken: Taken, outcome: Meaning, delay: float) -> None:

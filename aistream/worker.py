@@ -19,6 +19,9 @@ from gunicorn.workers.ggevent import GeventWorker  # type: ignore[import-untyped
 RELUCTANCE = 0.25
 #: Seconds for which it then accepts.
 MOMENT = 0.005
+#: Seconds in which a connection that was accepted in the last moment says what it wants, and at most until it has its answer.
+LAST_WISH = 0.25
+LAST_ANSWER = 5.0
 
 
 class Listener(StreamServer):
@@ -71,9 +74,15 @@ class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
     def _leave(self) -> None:
         if getattr(self, "wsgi", None) is None:
             sys.exit(0)  # told before it had begun
-        for listener in self._listeners:
-            gevent.spawn(listener.accept_left)
+        accepting: list[gevent.Greenlet[..., None]] = [gevent.spawn(listener.accept_left) for listener in self._listeners]
         self.background.drain()
+        gevent.killall(accepting)
+        for listener in self._listeners:
+            listener.stop_accepting()
+        gevent.sleep(LAST_WISH)
+        with gevent.Timeout(LAST_ANSWER, False):
+            while self.background.requests:
+                gevent.sleep(0.02)
         # What is left now are kept-alive connections with nothing to say. gunicorn would wait for them to the end of
         # `graceful_timeout` and answer each with a 500; an exit just closes them.
         sys.exit(0)  # from any greenlet gevent carries this to the main one
