@@ -8,6 +8,7 @@ EventSource of Firefox for good.) Where other workers listen on the same port, n
 from __future__ import annotations
 
 import sys
+import time
 from functools import partial
 from typing import Any
 
@@ -74,15 +75,15 @@ class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
     def _leave(self) -> None:
         if getattr(self, "wsgi", None) is None:
             sys.exit(0)  # told before it had begun
-        accepting: list[gevent.Greenlet[..., None]] = [gevent.spawn(listener.accept_left) for listener in self._listeners]
+        accepting = [gevent.spawn(listener.accept_left) for listener in self._listeners]
         self.background.drain()
         gevent.killall(accepting)
         for listener in self._listeners:
             listener.stop_accepting()
         gevent.sleep(LAST_WISH)
-        with gevent.Timeout(LAST_ANSWER, False):
-            while self.background.requests:
-                gevent.sleep(0.02)
+        until = time.monotonic() + LAST_ANSWER
+        while self.background.requests and time.monotonic() < until:
+            gevent.sleep(0.02)
         # What is left now are kept-alive connections with nothing to say. gunicorn would wait for them to the end of
         # `graceful_timeout` and answer each with a 500; an exit just closes them.
         sys.exit(0)  # from any greenlet gevent carries this to the main one
