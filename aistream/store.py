@@ -52,8 +52,8 @@ from aistream.session import (
 )
 
 PREFIX = "aistream:{0}:"
-#: Seconds a taken callback is hidden from other workers: more than one attempt may last.
-VISIBILITY = 60
+#: Seconds a taken callback is hidden from other workers: more than one attempt may last (35).
+VISIBILITY = 40
 #: Seconds that the mark of an ended session outlives its content.
 TOMBSTONE = 86_400
 #: Seconds a dead letter is kept for a person.
@@ -221,8 +221,11 @@ class Store:
 
     @property
     def _unsure(self) -> int:
-        """For so many ms after it may have lost something the store may yet be told of a session again: two leases and a bit."""
-        return 2 * _ms(self._config.lease_seconds + NOTICED)
+        """For so many ms after it may have lost something the store may yet be told of a session again: two leases and a bit.
+
+        What the embedded store has lost went with the one process that could tell it.
+        """
+        return 0 if self._config.embedded_store else 2 * _ms(self._config.lease_seconds + NOTICED)
 
     def renew(self, held: Mapping[str, Holding]) -> dict[str, Verdict]:
         """Renews the leases of the sessions this worker generates, and says whose each still is."""

@@ -21,7 +21,7 @@ RELUCTANCE = 0.25
 #: Seconds for which it then accepts.
 MOMENT = 0.005
 #: Seconds in which a connection that was accepted in the last moment says what it wants, and at most until it has its answer.
-LAST_WISH = 0.25
+LAST_WISH = 0.1
 LAST_ANSWER = 5.0
 
 

@@ -152,7 +152,7 @@ def start_services(tmp_path: Path) -> Iterator[Callable[..., list[Service]]]:
 
     yield start
     for service in services:
-        service.stop()
+        service.kill()  # how one ends in order has tests of its own
 
 
 @pytest.fixture

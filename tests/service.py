@@ -115,6 +115,14 @@ class Service:
             self._process.wait()
         self._process = None
 
+    def kill(self) -> None:
+        """Kills it, with all its workers."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
     def init(self, **body: Any) -> httpx.Response:
         """POST /init-stream with a valid token, a prompt and a resumeUrl that nobody listens on, unless `body` has others."""
         asked = {"n8nToken": n8n_token(), "resumeUrl": "http://127.0.0.1:9/none", "prompt": "Hello", **body}

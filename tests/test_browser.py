@@ -396,6 +396,24 @@ def test_a_person_watches_an_answer_drops_the_line_sees_it_resume_and_sees_the_c
     assert_harmless(browser, service)
 
 
+@pytest.mark.parametrize("mode", ["text", "json"])
+def test_a_person_stops_an_answer_and_sees_that_n8n_gets_the_part(service: Service, browser: Browser, mode: str) -> None:
+    open_demo(browser, service, "echo", mode)
+    browser.type("prompt", PROMPT)
+
+    browser.element("start").click()
+    browser.wait_for("document.getElementById('answer').textContent")
+    browser.element("stop").click()
+    browser.wait_for("document.getElementById('status').dataset.state === 'cancelled'")
+
+    callback = json.loads(browser.wait_for("document.getElementById('callback').textContent"))
+    part = browser.text("answer")
+    assert callback["status"] == "cancelled" and part == callback["answer"]
+    assert PROMPT.startswith(part) and part != PROMPT
+    assert not browser.element("stop").is_enabled()
+    assert_harmless(browser, service)
+
+
 def test_the_demo_page_shows_what_is_wrong_beside_the_field(service: Service, browser: Browser) -> None:
     open_demo(browser, service, "echo", "text")
     browser.element("prompt").clear()

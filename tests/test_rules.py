@@ -381,6 +381,7 @@ def test_the_memory_is_bounded_and_keeps_what_is_owed_the_longest(make_store: Ma
     assert sorted(store.standing(["settled", "oldest", "newer", "newest"])) == ["newer", "newest", "oldest"]
 
 
+@pytest.mark.parametrize("store_url", ["redis"], indirect=True)
 def test_in_a_young_store_a_missing_session_may_still_come_back(make_store: MakeStore, session_id: str) -> None:
     store = make_store(**LEASE)
     store.due(callbacks=0)
@@ -391,6 +392,11 @@ def test_in_a_young_store_a_missing_session_may_still_come_back(make_store: Make
 
     assert (young, old) == (Missing(perhaps=True), Missing(perhaps=False))
     assert store.forgotten([session_id]) == {session_id}
+
+
+@pytest.mark.parametrize("store_url", ["embedded"], indirect=True)
+def test_what_the_embedded_store_does_not_know_nobody_can_tell_it(make_store: MakeStore, session_id: str) -> None:
+    assert make_store().claim(session_id) == Missing(perhaps=False)
 
 
 # 10. Old eyes see no new text

@@ -33,7 +33,7 @@ from tests.service import Service, n8n_token
 
 #: Seconds after its last word for which a stream may still be waited for.
 PATIENCE = 60.0
-#: Seconds in which the last callbacks must come. One whose worker was lost in mid-attempt is hidden for 60.
+#: Seconds in which the last callbacks must come. One whose worker was lost in mid-attempt is hidden for 40.
 SETTLE = 100.0
 ENVIRON = {
     "WEB_CONCURRENCY": "2",

@@ -45,6 +45,7 @@ function main() {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("ask-form").requestSubmit();
   });
   byId("drop").addEventListener("click", () => viewer.drop());
+  byId("stop").addEventListener("click", () => viewer.stop());
   byId("model").addEventListener("change", fitModel);
   byId("format").addEventListener("change", fitFormat);
   for (const button of document.querySelectorAll("button.copy")) {
@@ -145,6 +146,7 @@ class Viewer {
   watch(session, format, signal) {
     const run = this.#run;
     run.streamId = session.streamId;
+    run.address = streamAddress(session.streamUrl);
     run.ending = "done";
     return new Promise((resolve) => {
       const end = (state, words) => {
@@ -153,7 +155,7 @@ class Viewer {
         this.#render();
         resolve({ ending: state, text: run.text });
       };
-      watchWire(streamAddress(session.streamUrl), {
+      watchWire(run.address, {
         connect: () => this.#log.note("out", "GET stream/…, the first connection"),
         open: () => {
           this.#say("streaming", "waiting for the first text");
@@ -186,6 +188,20 @@ class Viewer {
     const response = await fetch(`demo/drop/${this.#run.streamId}`, { method: "POST" }).catch(() => null);
     const dropped = response?.ok ? (await response.json()).dropped : 0;
     if (!dropped) this.#log.note("bad", "there was no connection left to drop");
+  }
+
+  /** Stops the answer, as a front end's stop button would: the part that is written is what n8n gets. */
+  async stop() {
+    const run = this.#run;
+    this.#part("stop").disabled = true;
+    this.#log.note("out", "POST stream/…/cancel");
+    run.ending = "cancelled"; // in text mode [DONE] does not say so, and it may be here before the answer to this
+    const response = await fetch(run.address.replace("?", "/cancel?"), { method: "POST" }).catch(() => null);
+    const state = response?.ok ? (await response.json()).status : "unreachable";
+    this.#log.note(response?.ok ? "in" : "bad", state);
+    if (state.startsWith("cancel")) return;
+    run.ending = "done"; // it came too late
+    if (this.#part("status").dataset.state === "cancelled") this.#say("done", "done");
   }
 
   /** Shows tokens instead of chunks once the provider's count is known: chunks are only what they came wrapped in. */
@@ -261,6 +277,7 @@ class Viewer {
     status.textContent = words;
     this.#part("drop").disabled = state !== "streaming";
     const live = state === "streaming" || state === "reconnecting" || state === "connecting";
+    this.#part("stop").disabled = !live;
     this.#part("answer").dataset.live = live ? "yes" : "no";
     // A screen reader gets the answer in one piece instead of word by word; the status tells it what goes on meanwhile.
     this.#part("answer").ariaBusy = String(live);
