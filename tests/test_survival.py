@@ -76,8 +76,11 @@ def test_a_stopped_answer_lets_the_provider_go_within_a_second_and_is_kept(
     (callback,) = n8n.wait_for(1)
     asked = asked_of(provider, model)
     late = stop(on(pair[1], url))
-    assert (first_word.status_code, again.status_code in (200, 202)) == (202, True)
-    assert first_word.json() == {"ok": True, "streamId": first_word.json()["streamId"], "status": "cancelling"}
+    session = url.partition("/stream/")[2].partition("?")[0]
+    # On its own worker it may have ended by the time the store is asked.
+    for answer in (first_word, again):
+        assert answer.json() == {"ok": True, "streamId": session, "status": answer.json()["status"]}
+        assert (answer.status_code, answer.json()["status"]) in ((202, "cancelling"), (200, "cancelled"))
     assert asked.client_left and (asked.ended_at or 0) - stopped_at < 1
     assert [event.data for event in rest] == ["[DONE]"]
     assert [json.loads(event.data)["type"] for event in rest_of_second[:-1]] == ["usage", "cancelled"]
