@@ -5,7 +5,7 @@ the viewers' lines break) over the real service and a real Redis. Before the fir
 service had the time to forget it, each worker says what it holds, the kernel what is connected, Redis what it keeps.
 
 Exit code 1 where anything but memory is left, or a worker's memory has not come back to within a tenth of what it was
-after the first tenth of the streams: by then the caches are filled, and what grows from there on would grow for ever.
+after the first tenth of the streams: by then the pools and caches are filled, and what grows from there on would grow for ever.
 Connections that wait for the next request to the same provider are no leak; how many there may be is in providers/wire.py.
 """
 
@@ -23,7 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import gevent  # bench.chaos has patched
+from gevent import monkey
+
+if not monkey.is_module_patched("socket"):
+    monkey.patch_all()
+
+import gevent
 
 from aistream.providers.wire import LIMITS
 from bench.chaos.plan import Options
@@ -35,6 +40,8 @@ from bench.chaos.verdict import judge
 FORGET = 13.0
 #: By how much a worker's memory may be larger at the end.
 GROWTH = 0.1
+#: Connections to both providers that a worker keeps for the next request, at most.
+KEPT = 2 * (LIMITS.max_keepalive_connections or 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +106,7 @@ def measure(streams: int, concurrency: int, first: int, folder: Path, say: Calla
             findings.append(f"{after.greenlets - before.greenlets} greenlets left")
         if after.generations or after.viewers:
             findings.append(f"{after.generations} generations and {after.viewers} viewers left")
-        if after.upstream > (LIMITS.max_keepalive_connections or 0):
+        if after.upstream > KEPT:
             findings.append(f"{after.upstream} connections to the provider left")
     for before, after in zip(settled, end, strict=True):
         if after.rss_kib > before.rss_kib * (1 + GROWTH):

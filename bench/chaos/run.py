@@ -217,7 +217,8 @@ class Run:
         connection = http.client.HTTPConnection(HOST, self.service.port, timeout=SILENCE)
         try:
             connection.connect()
-            session.accepted_by = self._worker_at(connection.sock)
+            # Needed only where workers are hurt, and by far the dearest thing that is done here.
+            session.accepted_by = self._worker_at(connection.sock) if self.schedule else None
             connection.request("POST", "/init-stream", json.dumps(asked), {"Content-Type": "application/json"})
             response = connection.getresponse()
             said = response.read()
