@@ -312,8 +312,9 @@ def test_a_redis_that_is_not_there_is_named_as_away(free_port: int) -> None:
         [("CONFIG", "SET", "maxmemory", "1")],
         [("REPLICAOF", "127.0.0.1", "1")],
         [("CONFIG", "SET", "replica-serve-stale-data", "no"), ("REPLICAOF", "127.0.0.1", "1")],
+        [("CONFIG", "SET", "min-replicas-to-write", "1")],
     ],
-    ids=["full", "replica", "replica-without-master"],
+    ids=["full", "replica", "replica-without-master", "too-few-replicas"],
 )
 def test_a_redis_that_answers_but_cannot_serve_is_away_too(redis_url: str, session_id: str, state: list[tuple[str, ...]]) -> None:
     store = Store(make_config(REDIS_URL=redis_url))
@@ -328,7 +329,11 @@ def test_a_redis_that_answers_but_cannot_serve_is_away_too(redis_url: str, sessi
         with pytest.raises(StoreUnavailable):
             store.create("another", "n8n", ASKED, "http://n8n/w")
     finally:
-        for command in [("REPLICAOF", "NO", "ONE"), ("CONFIG", "SET", "replica-serve-stale-data", "yes")]:
+        for command in [
+            ("REPLICAOF", "NO", "ONE"),
+            ("CONFIG", "SET", "replica-serve-stale-data", "yes"),
+            ("CONFIG", "SET", "min-replicas-to-write", "0"),
+        ]:
             call(*command)
         call("CONFIG", "SET", "maxmemory", "0")
     assert store.append([(session_id, Cursor(1, 1), Text("x"))]) == [None]
