@@ -10,9 +10,9 @@ from urllib.parse import urlsplit
 
 import gevent
 
-from bench.chaos.plan import Planned
+from bench.chaos.plan import AFTERMATH, Planned
 from bench.chaos.processes import connections_of, workers_of
-from bench.chaos.record import AFTERMATH, Trouble
+from bench.chaos.record import Trouble
 from tests.neighbours.redis import RedisServer
 from tests.service import Service
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.chaos.record import AFTERMATH
-
 LEASE = 2.0
 #: Longer than the longest stream: a drain must not cut any.
 DRAIN = 20
 SESSION_TTL = 8.0
+#: Until a killed or woken worker's traces are gone: the kernel closes its sockets, the woken one asks who owns what.
+AFTERMATH = 1.0
 
 #: Kinds of streams and their shares.
 KINDS = {

@@ -1,18 +1,11 @@
 """What has happened: what was done to processes, and what became of each stream at our end."""
 
-from __future__ import annotations
-
 import math
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from bench.chaos.plan import Plan
-    from bench.chaos.viewer import Viewer
-
-#: Until a killed or woken worker's traces are gone: the kernel closes its sockets, the woken one asks who owns what.
-AFTERMATH = 1.0
+from bench.chaos.plan import Plan
+from bench.chaos.viewer import Viewer
 
 
 @dataclass(slots=True)
@@ -61,6 +54,11 @@ class Session:
     def accepted(self) -> bool:
         """Whether its ending is owed."""
         return bool(self.id)
+
+    @property
+    def undefined_answers(self) -> list[str]:
+        """Answers that must not be: to init and stop, and to its viewers."""
+        return [*self.undefined, *(text for viewer in self.viewers for text in viewer.undefined)]
 
     def note(self, text: str) -> None:
         """Remembers what happened, for its story."""

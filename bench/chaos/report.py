@@ -47,7 +47,7 @@ def story(finding: Finding, evidence: Evidence, began: float, log: Mapping[str, 
     if session is None:
         return f"{finding.rule}: {finding.text}"
     plan = session.plan
-    happened = list(session.notes)
+    happened = [*session.notes, *(note for viewer in session.viewers for note in viewer.notes)]
     for request in evidence.asked(session):
         happened.append((request.started_at, f"PROVIDER asked, request {request.number} from port {request.client_port}"))
         if request.ended_at is not None:

@@ -178,7 +178,7 @@ class Run:
             if not self._init(session):
                 return
             watching = enumerate(plan.viewers)
-            session.viewers = [Viewer(session, number, one, self.service.port) for number, one in watching]
+            session.viewers = [Viewer(session.target, number, one, self.service.port) for number, one in watching]
             until = time.time() + plan.lasts + PATIENCE
             parts: list[gevent.Greenlet[..., None]] = [gevent.spawn(viewer.watch, until) for viewer in session.viewers]
             if plan.kind in ("stopped", "stopped-early"):

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from bench.chaos.plan import LEASE, SESSION_TTL
-from bench.chaos.record import AFTERMATH, Session, Trouble
+from bench.chaos.plan import AFTERMATH, LEASE, SESSION_TTL
+from bench.chaos.record import Session, Trouble
 from tests.neighbours.provider import Asked
 from tests.neighbours.receiver import Received
 from tests.neighbours.scenarios import SEPARATOR
@@ -143,7 +143,9 @@ def judge(evidence: Evidence, leaks: Sequence[str]) -> tuple[list[Row], list[Fin
     unsaved = Counter(why for _, why in evidence.unsaved())
     again_with_reason = 0
     for session in evidence.all_sessions:
-        findings += [Finding(UNDEFINED, text, session) for text in session.undefined if not _excused_404(evidence, session)]
+        findings += [
+            Finding(UNDEFINED, text, session) for text in session.undefined_answers if not _excused_404(evidence, session)
+        ]
     for session in evidence.sessions:
         callbacks = evidence.callbacks(session)
         if not callbacks and not evidence.unknown_to_all(session):
@@ -205,7 +207,7 @@ def _viewer_rows(evidence: Evidence, findings: Sequence[Finding]) -> list[Row]:
 def _excused_404(evidence: Evidence, session: Session) -> bool:
     """Whether all that the session's clients were told is that it is gone, and so it is."""
     gone = session.accepted and (evidence.unknown_to_all(session) or evidence.forgotten(session, math.inf))
-    return bool(gone) and all(" got 404 " in text for text in session.undefined)
+    return bool(gone) and all(" got 404 " in text for text in session.undefined_answers)
 
 
 def _repeats(evidence: Evidence, session: Session) -> tuple[list[str], int]:

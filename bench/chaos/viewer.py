@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import gevent
 
 from bench.chaos.plan import Watching
-from bench.chaos.record import Session
 from tests.neighbours.http1 import HOST
 
 #: A connection silent for this long is dead to us: fifteen heartbeats, and more than the longest stop.
@@ -76,7 +75,8 @@ class Viewer:
     `undefined` (an answer that must not be), or `stuck` (no ending in time).
     """
 
-    def __init__(self, session: Session, number: int, watching: Watching, port: int) -> None:
+    def __init__(self, target: str, number: int, watching: Watching, port: int) -> None:
+        """`target`: path and query of its stream."""
         self.text = ""
         self.outcome = ""
         self.code = ""
@@ -86,7 +86,11 @@ class Viewer:
         self.refusals = 0
         self.seen = 0
         self.flaws: list[str] = []
-        self._session = session
+        #: Answers that must not be.
+        self.undefined: list[str] = []
+        #: What happened when.
+        self.notes: list[tuple[float, str]] = []
+        self._target = target
         self._name = f"viewer {number}"
         self._watching = watching
         self._port = port
@@ -111,7 +115,7 @@ class Viewer:
         headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
         if self._last_id:
             headers["Last-Event-ID"] = self._last_id
-        target = self._session.target + ("&format=json" if self._watching.json else "")
+        target = self._target + ("&format=json" if self._watching.json else "")
         connection = http.client.HTTPConnection(HOST, self._port, timeout=SILENCE)
         self.connects += 1
         began, seen = time.time(), self.seen
@@ -130,8 +134,8 @@ class Viewer:
         finally:
             connection.close()
         events = f"{self.seen - seen} events, the last {' '.join(self._recent[-4:]) or '-'}"
-        self._session.notes.append((began, f"{self._name} connects after {headers.get('Last-Event-ID', '-')}: {status or '-'}"))
-        self._session.note(f"{self._name} {how}; {events}")
+        self.notes.append((began, f"{self._name} connects after {headers.get('Last-Event-ID', '-')}: {status or '-'}"))
+        self.notes.append((time.time(), f"{self._name} {how}; {events}"))
 
     def _answer(self, response: http.client.HTTPResponse, sock: socket.socket) -> str:
         """Takes an answer; says how it ended, or `""` where the server closed it."""
@@ -145,7 +149,7 @@ class Viewer:
         if response.status != 200 or kind != "text/event-stream":
             said = f"{response.status} {kind} {response.read(300)!r}"
             self._end("undefined", str(response.status))
-            self._session.undefined.append(f"{self._name} got {said}")
+            self.undefined.append(f"{self._name} got {said}")
             return f"got {said}"
         return self._read(response, sock)
 
