@@ -1,4 +1,4 @@
-"""Server-Sent Events as DESIGN's wire wants them: two stateless encoders, and the cutter that makes stateless enough.
+"""Server-Sent Events as docs/http.md has them: two stateless encoders, and the cutter that makes stateless enough.
 
 Text mode carries the answer in bare `data:` lines, which a plain EventSource's `onmessage` gets; JSON mode carries every
 event as an object. The encoders keep no state, so that every worker sends the same bytes for the same event. What needs

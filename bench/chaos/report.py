@@ -34,7 +34,7 @@ class Report:
         """The table as Markdown."""
         lines = ["# What survives: a chaos run", ""]
         lines += [f"- {name}: {value}" for name, value in self.facts.items()]
-        lines += ["", "| | | |", "|---|---:|---|"]
+        lines += ["", "| what | count | |", "|---|---:|---|"]
         for row in self.rows:
             what = f"**{row.what}**" if row.zero else row.what
             lines.append(f"| {what.strip()} | {row.count} | {'must be 0: ' if row.zero else ''}{row.detail} |")
