@@ -54,6 +54,7 @@ class Background:
         #: Requests that are being answered now; a stream counts as a viewer instead.
         self.requests = 0
         self._drained = Signal()
+        self._away_since: float | None = None
         self._config = config
         self._store = store
         self._providers = providers
@@ -159,13 +160,22 @@ class Background:
             try:
                 work()
             except StoreUnavailable:
-                lines.warning("store.away", during=name)
+                self._note_away()
             except Exception as error:  # the root of a loop: it goes on
                 lines.error("background.failed", during=name, error=error)
             gevent.sleep(period)
 
+    def _note_away(self) -> None:
+        """One line for an outage, however many loops meet it and however long it lasts."""
+        if self._away_since is None:
+            self._away_since = time.monotonic()
+            lines.warning("store.away")
+
     def _look_at_deadlines(self) -> None:
         look = self._store.due(callbacks=0 if self._recall.behind else self._delivery.free)
+        if self._away_since is not None:
+            lines.warning("store.back", away_ms=round((time.monotonic() - self._away_since) * 1000))
+            self._away_since = None
         if look.lost:
             # What is owed first: nobody may act on what the store says before it has been told what it lost.
             lines.log(30 if len(self._recall) or self._generations.running else 10, "store.lost_writes")

@@ -339,6 +339,9 @@ def test_an_outage_longer_than_the_lease_ends_nothing_that_is_healthy(
     assert (callback.json["status"], callback.json["answer"]) == ("completed", text_of(got))
     assert other.read(on(other, url)) == got
     assert len(n8n.requests) == 1
+    # An outage is one line when it begins and one when it is over.
+    assert [len(owner.lines(name)) for name in ("store.away", "store.back")] == [1, 1]
+    assert owner.lines("store.back")[0]["away_ms"] > 2_000
 
 
 def test_the_end_is_shown_only_when_redis_has_it(
