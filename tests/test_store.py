@@ -237,6 +237,20 @@ def test_after_delivery_the_content_goes_with_the_replay_and_a_tombstone_stays(m
     assert store.pending(session_id) is None
 
 
+def test_a_delivery_that_is_said_again_does_not_prolong_the_replay(make_store: MakeStore, session_id: str) -> None:
+    store = make_store(REPLAY_SECONDS="2")
+    ended(store, session_id)
+    store.take_callback(session_id)
+    store.settle(session_id, 1, "delivered")
+    time.sleep(1.1)
+
+    said_again = store.settle(session_id, 1, "delivered")
+    time.sleep(1.0)
+
+    assert said_again is True
+    assert store.claim(session_id) == Ended(State.COMPLETED, Cursor(1, 1), False)
+
+
 def test_a_dead_callback_is_kept_for_a_week(make_store: MakeStore, session_id: str) -> None:
     store = make_store()
     ended(store, session_id)
