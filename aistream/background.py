@@ -107,6 +107,7 @@ class Background:
         self.draining = True
         began = time.monotonic()
         self._wait_until_idle(began + self._config.drain_seconds)
+        self._generations.close()
         cut = list(self._generations.running.values())
         for generation in cut:
             generation.stop(SHUTTING_DOWN)

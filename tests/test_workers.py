@@ -6,19 +6,28 @@ import signal
 import socket
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import gevent
 import httpx
+import msgspec
 import pytest
 
+from aistream.app import create_app
+from aistream.errors import StoreUnavailable
+from aistream.session import Claimed, Request
+from aistream.store import Store
+from tests.conftest import make_config
 from tests.neighbours.provider import ProviderServer
 from tests.neighbours.receiver import Receiver
 from tests.service import ROOT, SECRET, Event, Service, n8n_token, on, text_of, wait_until, watch
 
 StartService = Callable[..., Service]
 WORDS = 30
+ECHO = Request(prompt="a", requested_model="echo", model="echo", provider="echo", max_tokens=5)
 
 
 def test_a_viewer_on_another_worker_sees_the_whole_answer_as_it_is_written(pair: list[Service], provider: ProviderServer) -> None:
@@ -178,6 +187,23 @@ def test_what_cannot_finish_in_the_drains_time_ends_as_failed_with_its_part(
     (callback,) = n8n.wait_for(1, timeout=5)
     assert (callback.json["status"], callback.json["error"]["code"]) == ("failed", "shutting_down")
     assert callback.json["answer"] == text_of(seen)
+
+
+def test_a_worker_that_has_drained_begins_nothing_that_its_exit_would_cut(redis_url: str) -> None:
+    config = make_config(REDIS_URL=redis_url)
+    with closing(Store(config)) as other:
+        parts = create_app(config).extensions["aistream"]
+        parts.background.start()
+        pending = parts.generations.accept(str(uuid.uuid4()), "n8n", ECHO, "http://127.0.0.1:9/none")
+        parts.background.drain()
+
+        with pytest.raises(StoreUnavailable):  # a viewer is held, and then finds another worker
+            parts.generations.claim(pending.id)
+        late = parts.generations.accept(str(uuid.uuid4()), "n8n", msgspec.structs.replace(ECHO, immediate=True), "http://n8n/w")
+
+        assert len(parts.generations.running) == 0
+        assert all(isinstance(other.claim(session.id), Claimed) for session in (pending, late))
+        parts.store.close()
 
 
 def test_an_idle_connection_does_not_hold_a_worker_back(start_service: StartService) -> None:
