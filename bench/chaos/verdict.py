@@ -255,8 +255,11 @@ def _two_workers(evidence: Evidence, session: Session) -> list[str]:
             overlap = until - since - _stopped_between(evidence, since, until)
             if overlap > 1.0:
                 found.append(f"two provider requests at once for {overlap:.1f} s while no worker was stopped")
-    hurt = evidence.trouble(session.accepted_at, math.inf, "killed", "stopped")
-    if len(requests) > 1 and not [one for one in hurt if one.since <= requests[-1].started_at]:
+    if len(requests) < 2:
+        return found
+    # An immediate one runs before the answer to its init is here.
+    hurt = evidence.trouble(min(session.accepted_at, requests[0].started_at), math.inf, "killed", "stopped")
+    if not [one for one in hurt if one.since <= requests[-1].started_at]:
         found.append(f"run {len(requests)} times, though no worker was lost")
     if len(requests) > 2 and not evidence.unknown_to_all(session):
         found.append(f"run {len(requests)} times")
