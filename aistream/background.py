@@ -106,8 +106,10 @@ class Background:
             return
         self.draining = True
         began = time.monotonic()
-        self._wait_until_idle(began + self._config.drain_seconds)
+        # What begins late is likely to be cut: in the second half nothing does, and once all is done nothing does either.
+        self._wait_until_idle(began + self._config.drain_seconds / 2)
         self._generations.close()
+        self._wait_until_idle(began + self._config.drain_seconds)
         cut = list(self._generations.running.values())
         for generation in cut:
             generation.stop(SHUTTING_DOWN)

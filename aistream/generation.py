@@ -296,7 +296,7 @@ class Generations:
                 return found
 
     def close(self) -> None:
-        """Nothing begins here any more: the worker is about to exit, and whoever waits is better served by another."""
+        """Nothing begins here any more: the worker exits soon, and whoever waits is better served by another."""
         self._closed = True
 
     def _ask(self, session_id: str, intent: Intent) -> Generation | Elsewhere | Ended | Missing | None:

@@ -13,11 +13,14 @@ from functools import partial
 from typing import Any
 
 import gevent
+from gevent.select import select
 from gevent.server import StreamServer
 from gunicorn.workers.ggevent import GeventWorker  # type: ignore[import-untyped]
 
-#: Seconds that a new connection waits for another worker, before one that drains takes it.
+#: Seconds between two looks of a worker that drains at whether a new connection waits.
 RELUCTANCE = 0.25
+#: Seconds in which another worker would have taken one that waits.
+COURTESY = 0.05
 #: Seconds for which it then accepts.
 MOMENT = 0.005
 #: Seconds in which a connection that was accepted in the last moment says what it wants, and at most until it has its answer.
@@ -38,11 +41,18 @@ class Listener(StreamServer):
     def accept_left(self) -> None:
         """Accepts what has waited for longer than any other worker would have let it; never returns."""
         self.last = True
+        self.stop_accepting()
         while True:
-            self.stop_accepting()
             gevent.sleep(RELUCTANCE)
-            super().start_accepting()
-            gevent.sleep(MOMENT)
+            if self._one_waits():
+                gevent.sleep(COURTESY)
+                if self._one_waits():
+                    super().start_accepting()
+                    gevent.sleep(MOMENT)
+                    self.stop_accepting()
+
+    def _one_waits(self) -> bool:
+        return bool(select([self.socket], [], [], 0)[0])
 
 
 class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types

@@ -249,6 +249,7 @@ def test_a_second_tab_attaches_to_the_running_answer_and_sees_all_of_it(
     browser.wait_for("followed[0].messages.length === 3")
 
     browser.open_tab(pages.url("reader.html"))
+    browser.wait_for("typeof follow === 'function'")  # a tab in the back is given less time to load
     browser.value("(follow(args[0]), 0)", url)
     # What was written before it came is sent in one piece, and makes as many events as it was.
     browser.wait_for("followed[0].messages.length === 3")

@@ -206,6 +206,27 @@ def test_a_worker_that_has_drained_begins_nothing_that_its_exit_would_cut(redis_
         parts.store.close()
 
 
+def test_in_the_second_half_of_its_drain_a_worker_leaves_new_answers_to_others(
+    start_service: StartService, redis_url: str, provider: ProviderServer, n8n: Receiver
+) -> None:
+    environ = {"REDIS_URL": redis_url, "LEASE_SECONDS": "1", "DRAIN_SECONDS": "6", **provider.openai_environ}
+    service = start_service(**environ)
+    running = service.stream_url(model="gpt-test-hold-n5-k2-i101", resumeUrl=n8n.url("/running"), start="immediate")
+    provider.wait_for_open_streams(1)
+    stopping = gevent.spawn(service.stop)
+    gevent.sleep(4)  # it drains, and waits for the one that runs
+
+    late = service.stream_url(model="gpt-test-hello-i102", resumeUrl=n8n.url("/late"), start="immediate")
+    gevent.sleep(0.3)
+    begun = provider.requests("gpt-test-hello-i102")
+    stopping.get(timeout=20)
+    start_service(**environ)
+
+    assert begun == []
+    assert [n8n.wait_for(1, path=path)[0].json["status"] for path in ("/running", "/late")] == ["failed", "completed"]
+    assert running and late and len(provider.requests("gpt-test-hello-i102")) == 1
+
+
 def test_an_idle_connection_does_not_hold_a_worker_back(start_service: StartService) -> None:
     service = start_service(DRAIN_SECONDS="60")
     with socket.create_connection(("127.0.0.1", service.port)) as idle:
