@@ -264,7 +264,8 @@ class Generations:
         self.writer = writer
         self.pulse = pulse
         self.running: dict[str, Generation] = {}
-        self._closed = False
+        #: Nothing begins here any more.
+        self.closed = False
         self._recall = recall
         self._on_ended = on_ended
         self._claiming: dict[str, AsyncResult[Generation | Elsewhere | Ended | Missing | None]] = {}
@@ -296,11 +297,11 @@ class Generations:
                 return found
 
     def close(self) -> None:
-        """Nothing begins here any more: the worker exits soon, and whoever waits is better served by another."""
-        self._closed = True
+        """Lets nothing begin here any more: the worker exits soon, and whoever waits is better served by another."""
+        self.closed = True
 
     def _ask(self, session_id: str, intent: Intent) -> Generation | Elsewhere | Ended | Missing | None:
-        if self._closed:
+        if self.closed:
             raise StoreUnavailable
         asked = self._claiming.get(session_id)
         if asked is not None:
@@ -321,7 +322,7 @@ class Generations:
 
     def recover(self, session_id: str) -> None:
         """Takes over a session whose worker let its lease lapse: runs it again if nobody saw anything, else ends it."""
-        if self._closed:
+        if self.closed:
             return
         found = self._ask(session_id, "recover")
         if isinstance(found, Generation):
@@ -330,13 +331,13 @@ class Generations:
 
     def confirm(self) -> None:
         """Asks again for claims whose answer was lost: one that had arrived is a lease that nobody makes use of."""
-        for session_id in [] if self._closed else list(self._unheard):
+        for session_id in [] if self.closed else list(self._unheard):
             self._ask(session_id, "confirm")
 
     def expire(self, session_id: str) -> None:
         """Ends a pending session that nobody came for, or that somebody has stopped. One that waits for nobody is begun."""
         accepted = self.store.pending(session_id)
-        if accepted is None or (accepted.request.immediate and self._closed):
+        if accepted is None or (accepted.request.immediate and self.closed):
             return
         if accepted.request.immediate:
             self.claim(session_id)

@@ -252,6 +252,8 @@ class Viewer:
                 refused = Refused("session_lost")
             except Refused as error:
                 refused = error
+                if self._viewing.leaving:
+                    return False  # as a broken line: the browser comes back by itself, and finds another worker
             if refused.final or time.monotonic() >= until:
                 yield refusal_frame(refused, self.cursor, self.mode)
                 return False
@@ -289,6 +291,11 @@ class Viewing:
 
     def __len__(self) -> int:
         return sum(map(len, self._viewers.values()))
+
+    @property
+    def leaving(self) -> bool:
+        """Whether this worker begins nothing any more, for whomever it would be held."""
+        return self._generations.closed
 
     def viewers(self, session_id: str) -> list[Viewer]:
         """The session's viewers on this worker."""
