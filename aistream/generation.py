@@ -295,22 +295,28 @@ class Generations:
             found = self._ask(session_id, "open")
             if found is not None:
                 return found
+            if self.closed:
+                raise StoreUnavailable  # it is pending, and waits for another worker
 
     def close(self) -> None:
-        """Lets nothing begin here any more: the worker exits soon, and whoever waits is better served by another."""
+        """Lets nothing begin here any more: the worker exits soon. What runs, or has ended, can still be watched."""
         self.closed = True
 
     def _ask(self, session_id: str, intent: Intent) -> Generation | Elsewhere | Ended | Missing | None:
-        if self.closed:
-            raise StoreUnavailable
         asked = self._claiming.get(session_id)
         if asked is not None:
             return asked.get()
         asked = self._claiming[session_id] = AsyncResult()
         nonce = self._unheard.setdefault(session_id, uuid.uuid4().hex)
         try:
-            claim = self.store.claim(session_id, intent, nonce=nonce)
-            found = self._begin(session_id, claim) if isinstance(claim, Claimed) else claim
+            closed = self.closed
+            claim = self.store.claim(session_id, "confirm" if closed else intent, nonce=nonce)
+            if not isinstance(claim, Claimed):
+                found: Generation | Elsewhere | Ended | Missing | None = claim
+            elif closed:
+                found = Elsewhere(self.store.worker)  # claimed before, unheard: its lease lapses, and another takes it over
+            else:
+                found = self._begin(session_id, claim)
             del self._unheard[session_id]
             asked.set(found)
             return found
@@ -322,8 +328,6 @@ class Generations:
 
     def recover(self, session_id: str) -> None:
         """Takes over a session whose worker let its lease lapse: runs it again if nobody saw anything, else ends it."""
-        if self.closed:
-            return
         found = self._ask(session_id, "recover")
         if isinstance(found, Generation):
             claimed = found.claimed
@@ -331,16 +335,16 @@ class Generations:
 
     def confirm(self) -> None:
         """Asks again for claims whose answer was lost: one that had arrived is a lease that nobody makes use of."""
-        for session_id in [] if self.closed else list(self._unheard):
+        for session_id in list(self._unheard):
             self._ask(session_id, "confirm")
 
     def expire(self, session_id: str) -> None:
         """Ends a pending session that nobody came for, or that somebody has stopped. One that waits for nobody is begun."""
         accepted = self.store.pending(session_id)
-        if accepted is None or (accepted.request.immediate and self.closed):
+        if accepted is None:
             return
         if accepted.request.immediate:
-            self.claim(session_id)
+            self._ask(session_id, "open")
             return
         outcome = Outcome(EXPIRED, accepted.request.model, Usage(0, 0, source="provider"))
         finished = self.store.finish(session_id, 0, 0, 0, EXPIRED, "", outcome)

@@ -252,11 +252,11 @@ class Viewer:
                 refused = Refused("session_lost")
             except Refused as error:
                 refused = error
-                if self._viewing.leaving:
-                    return False  # as a broken line: the browser comes back by itself, and finds another worker
             if refused.final or time.monotonic() >= until:
                 yield refusal_frame(refused, self.cursor, self.mode)
                 return False
+            if self._viewing.leaving:
+                return False  # as a broken line: the browser comes back by itself, and finds another worker
         return False
 
     def _unwatch(self) -> None:

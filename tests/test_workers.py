@@ -211,6 +211,8 @@ def test_in_the_second_half_of_its_drain_a_worker_leaves_new_answers_to_others(
 ) -> None:
     environ = {"REDIS_URL": redis_url, "LEASE_SECONDS": "1", "DRAIN_SECONDS": "6", **provider.openai_environ}
     service = start_service(**environ)
+    ended = service.stream_url(model="gpt-test-hello-i103")
+    said = service.read(ended)
     running = service.stream_url(model="gpt-test-hold-n5-k2-i101", resumeUrl=n8n.url("/running"), start="immediate")
     provider.wait_for_open_streams(1)
     stopping = gevent.spawn(service.stop)
@@ -219,11 +221,12 @@ def test_in_the_second_half_of_its_drain_a_worker_leaves_new_answers_to_others(
     late = service.stream_url(model="gpt-test-hello-i102", resumeUrl=n8n.url("/late"))
     sent_away = service.read(late)  # as by a broken line: nothing, and no reason not to come back
     begun = provider.requests("gpt-test-hello-i102")
+    replayed = service.read(ended)
     stopping.get(timeout=20)
     alive = start_service(**environ)
     whole = alive.read(on(alive, late))
 
-    assert (sent_away, begun) == ([], [])
+    assert (sent_away, begun, replayed) == ([], [], said)
     assert whole[-1].data == "[DONE]"
     assert [n8n.wait_for(1, path=path)[0].json["status"] for path in ("/running", "/late")] == ["failed", "completed"]
     assert running and len(provider.requests("gpt-test-hello-i102")) == 1
