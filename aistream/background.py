@@ -181,7 +181,7 @@ class Background:
             self._away_since = None
         if look.lost:
             # What is owed first: nobody may act on what the store says before it has been told what it lost.
-            lines.log(30 if len(self._recall) or self._generations.running else 10, "store.lost_writes")
+            (lines.warning if len(self._recall) or self._generations.running else lines.debug)("store.lost_writes")
             self._recall.doubt()
             self._generations.renew()
             return

@@ -242,7 +242,7 @@ def test_a_delivery_that_is_said_again_does_not_prolong_the_replay(make_store: M
     ended(store, session_id)
     store.take_callback(session_id)
     store.settle(session_id, 1, "delivered")
-    time.sleep(1.1)
+    time.sleep(1.1)  # keys run out by Redis's own clock
 
     said_again = store.settle(session_id, 1, "delivered")
     time.sleep(1.0)
