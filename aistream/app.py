@@ -5,10 +5,11 @@ from __future__ import annotations
 from flask import Flask
 
 from aistream import api, telemetry
-from aistream.api import Parts, demo, health, init, stream
+from aistream.api import Parts, demo, health, init, operator, stream
 from aistream.background import Background
 from aistream.config import Config
 from aistream.delivery import SENDERS, Delivery
+from aistream.destination import Destinations
 from aistream.follower import Follower
 from aistream.generation import Generations
 from aistream.outbound import Outbound
@@ -29,16 +30,19 @@ def create_app(config: Config, *, store: Store | None = None) -> Flask:
     pulse = Pulse(hole=config.lease_seconds / 2)
     writer = LogWriter(store, pulse)
     recall = Recall(config, store)
-    delivery = Delivery(config, store, Outbound(pool_size=SENDERS), recall)
+    destinations = Destinations(config)
+    delivery = Delivery(config, store, destinations, Outbound(destinations, pool_size=SENDERS), recall)
     generations = Generations(config, store, providers, writer, recall, pulse, on_ended=delivery.wake)
     follower = Follower(store, config)
     viewing = Viewing(config, generations, follower)
     background = Background(config, store, providers, writer, follower, recall, pulse, generations, viewing, delivery)
 
     app = Flask("aistream", static_folder=None)
-    app.extensions["aistream"] = Parts(config, store, providers, Tokens(config), generations, viewing, background)
+    app.extensions["aistream"] = Parts(
+        config, store, providers, Tokens(config), destinations, generations, viewing, delivery, background
+    )
     api.init_app(app, config)
-    for bp in (init.bp, stream.bp, health.bp):
+    for bp in (init.bp, stream.bp, health.bp, operator.bp):
         app.register_blueprint(bp)
     if config.dev_mode:
         app.register_blueprint(demo.bp)

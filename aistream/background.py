@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 import gevent
@@ -21,7 +22,7 @@ from aistream.providers import Providers
 from aistream.pulse import Pulse
 from aistream.recall import Recall
 from aistream.session import State
-from aistream.store import Store
+from aistream.store import NO_PLACES, Due, Places, Store
 from aistream.telemetry import log as lines
 from aistream.viewing import Viewing
 from aistream.writer import LogWriter
@@ -70,11 +71,11 @@ class Background:
             self._heartbeats,
             self._ticks,
             self._check_store,
+            partial(self._repeat, "deadlines", partial(delivery.rest, POLL), self._look_at_deadlines),
             *(
-                partial(self._repeat, name, period, work)
+                partial(self._repeat, name, partial(gevent.sleep, period), work)
                 for name, period, work in (
                     ("renewal", config.lease_seconds / 3, generations.renew),
-                    ("deadlines", POLL, self._look_at_deadlines),
                     ("stops", POLL / 2, generations.stop_cancelled),
                     ("viewers", WATCH, lambda: generations.stop_unwatched(viewing.take_watched())),
                     ("claims", POLL, generations.confirm),
@@ -115,6 +116,13 @@ class Background:
             generation.stop(SHUTTING_DOWN)
         if cut:
             self._wait_until_idle(time.monotonic() + LAST_WORDS)
+        if len(self._recall):
+            # What the store has lost goes for good with the worker that knows it: it is asked once more.
+            with suppress(StoreUnavailable):
+                self._look(NO_PLACES)
+            until = time.monotonic() + self._config.lease_seconds / 3 + LAST_WORDS
+            while self._recall.telling and time.monotonic() < until:
+                gevent.sleep(0.05)
         given_up = self._delivery.give_up()
         if given_up:
             self._wait_until_idle(time.monotonic() + 1.0)  # what came of them is recorded
@@ -129,7 +137,8 @@ class Background:
             gevent.sleep(0.05)
 
     def _is_busy(self) -> bool:
-        return bool(self._generations.running or len(self._delivery) or len(self._viewing) or self.requests)
+        forgotten = self._recall.telling or (self._away_since is not None and len(self._recall))
+        return bool(self._generations.running or len(self._delivery) or len(self._viewing) or self.requests or forgotten)
 
     def _heartbeats(self) -> None:
         self._viewing.beat(lambda: min(1.0, self._config.heartbeat_seconds / 4))
@@ -157,7 +166,7 @@ class Background:
             advice.append("set appendonly to yes: a Redis that restarts without its data forgets what no worker knows")
         (lines.warning if evicts else lines.info)("store.checked", **nature._asdict(), **({"advice": advice} if advice else {}))
 
-    def _repeat(self, name: str, period: float, work: Callable[[], None]) -> None:
+    def _repeat(self, name: str, rest: Callable[[], object], work: Callable[[], None]) -> None:
         # At once for the first time: a store that is new to the first look, after a session was stored, has been emptied.
         while True:
             try:
@@ -166,7 +175,7 @@ class Background:
                 self._note_away()
             except Exception as error:  # the root of a loop: it goes on
                 lines.error("background.failed", during=name, error=error)
-            gevent.sleep(period)
+            rest()
 
     def _note_away(self) -> None:
         """One line for an outage, however many loops meet it and however long it lasts."""
@@ -174,8 +183,10 @@ class Background:
             self._away_since = time.monotonic()
             lines.warning("store.away")
 
-    def _look_at_deadlines(self) -> None:
-        look = self._store.due(callbacks=0 if self._recall.behind else self._delivery.free)
+    def _look(self, places: Places) -> list[Due]:
+        """What is due; nothing where the store has lost writes, which it is told again first. Raises StoreUnavailable."""
+        look = self._store.due(places)
+        self._delivery.looked(look.more)
         if self._away_since is not None:
             lines.warning("store.back", away_ms=round((time.monotonic() - self._away_since) * 1000))
             self._away_since = None
@@ -184,12 +195,15 @@ class Background:
             (lines.warning if len(self._recall) or self._generations.running else lines.debug)("store.lost_writes")
             self._recall.doubt()
             self._generations.renew()
-            return
-        for session_id, state in look.due:
+            return []
+        return look.due
+
+    def _look_at_deadlines(self) -> None:
+        for session_id, state, origin in self._look(NO_PLACES if self._recall.behind else self._delivery.places):
             if state is State.PENDING:
                 self._generations.expire(session_id)
             elif state is State.RUNNING:
                 if session_id not in self._generations.running:
                     self._generations.recover(session_id)
             else:
-                self._delivery.wake(session_id)
+                self._delivery.wake(session_id, origin)

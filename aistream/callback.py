@@ -8,17 +8,20 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 
 from aistream import __version__
-from aistream.events import End, Failed
-from aistream.session import Session, state_of
+from aistream.events import End, Ending
+from aistream.session import Outcome, Record, Session, state_of
 
 #: n8n's option "Ignore bots" refuses the names of HTTP libraries.
 USER_AGENT = f"Mozilla/5.0 (compatible; aistream/{__version__})"
+#: Seconds for which n8n may go on saying that the execution is running: it has not reached its Wait node yet, or has left it.
+RUNNING = 600.0
 #: A delay is varied by up to this share, so that callbacks that failed together do not come back together.
 JITTER = 0.2
 
@@ -28,11 +31,15 @@ class Delivered(msgspec.Struct, frozen=True):
 
 
 class Retry(msgspec.Struct, frozen=True):
-    """Not delivered; may be later. `arrived`: this attempt may have reached n8n all the same."""
+    """Not delivered; may be later. `arrived`: this attempt may have reached n8n all the same.
+
+    `running`: n8n says that the execution is running, which is judged when it has said so for RUNNING seconds.
+    """
 
     reason: str
     arrived: bool = False
     retry_after: float | None = None
+    running: bool = False
 
 
 class Dead(msgspec.Struct, frozen=True):
@@ -45,12 +52,22 @@ Meaning = Delivered | Retry | Dead
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What came back for an attempt. `body` is its beginning; `retry_after` in seconds."""
+    """What came back for an attempt. `body` is its beginning; `broken`: it broke off before that; `retry_after` in seconds."""
 
     status: int
     content_type: str = ""
     body: str = ""
     retry_after: float | None = None
+    broken: bool = False
+
+
+#: n8n says 500 also to the loser of two simultaneous callbacks, and after a later node failed; 504 and 524 (Cloudflare's) come
+#: from a proxy that has waited for n8n's answer in vain.
+_MAY_HAVE_ARRIVED = (500, 504, 524)
+_NOT_LET_IN = (
+    "its Wait node's authentication wants another secret (CALLBACK_HEADERS), its 'Ignore bots' is on, or the resumeUrl has lost "
+    "its signature"
+)
 
 
 def meaning(answer: Answer, *, ambiguous: bool) -> Meaning:
@@ -65,78 +82,157 @@ def meaning(answer: Answer, *, ambiguous: bool) -> Meaning:
             else Delivered()
         )
     if status in (408, 425, 429) or status >= 500:
-        # 500: n8n says so also to the loser of two simultaneous callbacks, and after a later node failed.
-        return Retry(f"n8n answered {status}", arrived=status == 500, retry_after=answer.retry_after)
+        return Retry(f"n8n answered {status}", arrived=status in _MAY_HAVE_ARRIVED, retry_after=answer.retry_after)
     if status == 404 and html:
         return Retry("n8n is starting: its routes are not there yet")
+    if status in (404, 409) and answer.broken:
+        return Retry(f"n8n answered {status}, and its words broke off")
     if status == 409 and "running already" in body:
-        return Retry("the execution has not reached its Wait node yet, or was resumed already")
+        return Retry("the execution is running: it has not reached its Wait node yet, or has left it already", running=True)
     if status == 409 or (status == 404 and "does not exist" in body):
         return Delivered() if ambiguous else Dead("the execution no longer waits")
     if status == 404 and "matching path/method" in body:
-        return Dead("set the Wait node's HTTP method to POST and its suffix to none")
+        perhaps = "; or an earlier attempt has arrived, and another node waits now" if ambiguous else ""
+        return Dead("set the Wait node's HTTP method to POST and its suffix to none" + perhaps)
+    if status in (401, 403):
+        return Dead(f"n8n answered {status}: {_NOT_LET_IN}")
     if 300 <= status < 400:
         return Dead(f"n8n answered {status}: a redirect is not followed; use the final address as resumeUrl")
     return Dead(f"n8n answered {status}")
 
 
+def next_step(
+    outcome: Retry,
+    *,
+    attempt: int,
+    ambiguous: bool,
+    running_for: float,
+    schedule: tuple[float, ...],
+    dice: float,
+) -> float | Delivered | Dead:
+    """What follows an attempt that did not deliver: seconds until the next one, or what has become of the callback.
+
+    `attempt` counts from 1, and anew when somebody has had it delivered again. `ambiguous`: this or an earlier attempt may have
+    arrived. `running_for`: seconds since n8n began to answer that the execution is running.
+    """
+    delay = next_delay(attempt, outcome.retry_after, schedule, dice)
+    if not outcome.running:
+        return Dead(f"{outcome.reason}; this was the last attempt") if delay is None else delay
+    if delay is None or running_for >= RUNNING:
+        return Delivered() if ambiguous else Dead(f"{outcome.reason}; this was the last attempt")
+    return min(delay, RUNNING - running_for)
+
+
 def next_delay(attempt: int, retry_after: float | None, schedule: tuple[float, ...], dice: float) -> float | None:
-    """Seconds to wait before the attempt after `attempt` (1 = the first), or None when the callback is dead.
+    """Seconds to wait before the attempt after `attempt` (0: before the first), or None when there is none.
 
     Retry-After is honoured between one and two times the planned delay (as Svix does): a receiver may slow us down, but not
-    park a callback for days. `dice` in 0..1 gives the jitter of ±20 %.
+    park a callback for days. `dice` in 0..1 gives the jitter of ±20 %; it does not bring an attempt before its Retry-After.
     """
     if attempt >= len(schedule):
         return None
     planned = schedule[attempt]
-    if retry_after is not None:
-        planned = min(max(planned, retry_after), 2 * planned)
-    return planned * (1 - JITTER + 2 * JITTER * dice)
+    delay = planned * (1 - JITTER + 2 * JITTER * dice)
+    return delay if retry_after is None else min(max(delay, retry_after), 2 * planned)
 
 
 def payload(session: Session, attempt: int) -> bytes:
     """The callback's body: the six fields that every ending has, with their types, and what was added to them."""
     request, outcome = session.request, session.outcome
-    ending, usage = outcome.ending, outcome.usage
-    started = session.started_at
-    first_token = None if started is None or outcome.first_token_ms is None else started + outcome.first_token_ms
+    ending = outcome.ending
     body: dict[str, Any] = {
         "userId": request.user_id,
         "chatId": request.chat_id,
         "prompt": request.prompt,
         "answer": session.answer,
-        "input_tokens": usage.input_tokens,
-        "output_tokens": usage.output_tokens,
+        "input_tokens": outcome.usage.input_tokens,
+        "output_tokens": outcome.usage.output_tokens,
         "streamId": session.id,
         "status": state_of(ending).value,
-        "finish_reason": ending.finish_reason if isinstance(ending, End) else state_of(ending).value,
-        "error": _error(ending) if isinstance(ending, Failed) else None,
+        "finish_reason": finish_reason(ending),
+        "error": error_of(ending),
         "model": outcome.model,
         "requested_model": request.requested_model,
         "provider": request.provider,
-        "usage": {
-            "input_tokens": usage.input_tokens,
-            "output_tokens": usage.output_tokens,
-            "cached_input_tokens": usage.cached_input_tokens,
-            "reasoning_tokens": usage.reasoning_tokens,
-            "source": usage.source,
-        },
-        "timings": {
-            "created_at": timestamp(session.created_at),
-            "started_at": timestamp(started),
-            "first_token_at": timestamp(first_token),
-            "ended_at": timestamp(session.ended_at),
-            "time_to_first_token_ms": outcome.first_token_ms,
-            "duration_ms": None if started is None else session.ended_at - started,
-        },
+        "usage": usage_of(outcome),
+        "timings": timings(session.created_at, session.started_at, session.ended_at, outcome.first_token_ms),
         "attempt": attempt,
         "metadata": request.metadata,
     }
     return msgspec.json.encode(body)
 
 
-def _error(failed: Failed) -> dict[str, Any]:
-    return {"code": failed.code, "message": failed.message, "retryable": failed.retryable}
+def description(record: Record) -> dict[str, Any]:
+    """A session as its owner may look at it: how it stands, its times and tokens, and what became of its callback."""
+    outcome, callback = record.outcome, record.callback
+    return {
+        "streamId": record.id,
+        "status": record.state.value,
+        "finish_reason": finish_reason(outcome.ending) if outcome else None,
+        "error": error_of(outcome.ending) if outcome else None,
+        "model": outcome.model if outcome else record.start.model,
+        "provider": record.start.provider,
+        "usage": usage_of(outcome) if outcome else None,
+        "timings": timings(record.created_at, record.started_at, record.ended_at, outcome.first_token_ms if outcome else None),
+        "callback": callback
+        and {
+            "state": callback.state,
+            "origin": callback.origin,
+            "attempts": callback.attempt,
+            "attempting": callback.open,
+            "next_at": None if callback.open or callback.state != "owed" else timestamp(callback.next_at),
+            "settled_at": timestamp(callback.settled_at),
+            "last_answer": callback.last_answer,
+            "history": [
+                {
+                    "attempt": one.attempt,
+                    "at": timestamp(one.at),
+                    "outcome": one.outcome,
+                    "status": one.status,
+                    "reason": one.reason,
+                    "duration_ms": one.duration_ms,
+                }
+                for one in callback.history
+            ],
+        },
+    }
+
+
+def finish_reason(ending: Ending) -> str:
+    """Why it ended: the model's reason, or the session's state."""
+    return ending.finish_reason if isinstance(ending, End) else state_of(ending).value
+
+
+def error_of(ending: Ending) -> dict[str, Any] | None:
+    """What went wrong, or None."""
+    if isinstance(ending, End):
+        return None
+    return {"code": ending.code, "message": ending.message, "retryable": ending.retryable}
+
+
+def usage_of(outcome: Outcome) -> dict[str, Any]:
+    """The tokens, in detail."""
+    usage = outcome.usage
+    return {
+        "input_tokens": usage.input_tokens,
+        "output_tokens": usage.output_tokens,
+        "cached_input_tokens": usage.cached_input_tokens,
+        "reasoning_tokens": usage.reasoning_tokens,
+        "source": usage.source,
+    }
+
+
+def timings(created_at: int, started_at: int | None, ended_at: int | None, first_token_ms: int | None) -> dict[str, Any]:
+    """When what happened: points in time in ms since 1970, the first token in ms since the generation began."""
+    first_token = None if started_at is None or first_token_ms is None else started_at + first_token_ms
+    return {
+        "created_at": timestamp(created_at),
+        "started_at": timestamp(started_at),
+        "first_token_at": timestamp(first_token),
+        "ended_at": timestamp(ended_at),
+        "time_to_first_token_ms": first_token_ms,
+        "duration_ms": None if started_at is None or ended_at is None else ended_at - started_at,
+    }
 
 
 def timestamp(ms: int | None) -> str | None:
@@ -146,19 +242,22 @@ def timestamp(ms: int | None) -> str | None:
     return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def headers(session_id: str, body: bytes, at: int, secret: bytes) -> dict[str, str]:
-    """The request's headers. `at`: seconds since 1970. Signed (Standard Webhooks 1.0, `v1`) when there is a secret.
+def headers(
+    session_id: str, body: bytes, at: int, secrets: Sequence[bytes], own: Sequence[tuple[str, str]] = ()
+) -> dict[str, str]:
+    """The request's headers. `at`: seconds since 1970; `own`: the operator's. Signed (Standard Webhooks 1.0) with each secret.
 
     `webhook-id` is the same in all attempts: a receiver that must not act twice remembers it.
     """
     message_id = f"msg_{session_id}"
     named = {
+        **dict(own),
         "Content-Type": "application/json",
         "User-Agent": USER_AGENT,
         "webhook-id": message_id,
         "webhook-timestamp": str(at),
     }
-    if secret:
-        signed = hmac.new(secret, f"{message_id}.{at}.".encode() + body, hashlib.sha256).digest()
-        named["webhook-signature"] = "v1," + base64.b64encode(signed).decode()
+    if secrets:
+        signed = (hmac.new(secret, f"{message_id}.{at}.".encode() + body, hashlib.sha256).digest() for secret in secrets)
+        named["webhook-signature"] = " ".join("v1," + base64.b64encode(one).decode() for one in signed)
     return named

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import json
 import re
 import textwrap
 from collections.abc import Callable, Mapping
@@ -25,6 +26,8 @@ LOOPBACK_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 _LOOPBACK_HOSTS = {"localhost", "127.0.0.1", "::1"}
 _PLACEHOLDERS = re.compile(r"change.?me|your.?(jwt.?)?secret|example|placeholder|replace.?(me|this)", re.IGNORECASE)
 _SECRET_BYTES = 32
+#: Largest callback: n8n takes 16 MiB, and a little stands around the texts.
+_CALLBACK_BYTES = 15 * 2**20
 #: An origin as `origin_of` writes it. flask-cors would take one with other characters for a regular expression.
 _ORIGIN = re.compile(r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?")
 
@@ -105,6 +108,12 @@ def _secret(value: str) -> str:
     return value
 
 
+def _token(value: str) -> str:
+    if value and not re.fullmatch(r"[!-~]{16,}", value):
+        raise _Bad("at least 16 random characters without spaces, for example from: openssl rand -hex 32")
+    return value
+
+
 def _webhook_secret(value: str) -> bytes:
     """Standard Webhooks' serialisation: `whsec_` and 24 to 64 bytes in base64."""
     if not value:
@@ -167,6 +176,50 @@ def _origins(value: str) -> tuple[str, ...]:
             raise _Bad("origins separated by commas, each exact, such as https://chat.example.com (no *, no path)")
         origins.append(origin)
     return tuple(origins)
+
+
+def _rewrites(value: str) -> tuple[tuple[str, str], ...]:
+    rules = []
+    for item in filter(None, (part.strip() for part in value.split(","))):
+        match = re.fullmatch(r"(?i:(https?://[^=]*)=(https?://[^=]*))", item)
+        try:
+            origins = [_origins(side) for side in match.groups()] if match else []
+        except _Bad:
+            origins = []
+        if len(origins) != 2:
+            raise _Bad("FROM=TO separated by commas, both exact origins, such as http://localhost:5678=http://n8n:5678")
+        rules.append((origins[0][0], origins[1][0]))
+    if len({given for given, _ in rules}) < len(rules):
+        raise _Bad("each origin rewritten once")
+    return tuple(rules)
+
+
+#: A field name of HTTP (RFC 9110 5.1), and those that are the sender's own.
+_FIELD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_OWN_FIELDS = re.compile(
+    r"host|connection|content-(length|type|encoding)|transfer-encoding|expect|te|trailer|upgrade|user-agent|webhook-.*",
+    re.IGNORECASE,
+)
+
+
+def _headers(value: str) -> tuple[tuple[str, str], ...]:
+    expected = 'one header such as X-Aistream-Key: a-secret, or several as {"X-Aistream-Key": "a-secret", "X-Other": "…"}'
+    if value.startswith("{"):
+        try:
+            pairs = json.loads(value, object_pairs_hook=list)
+        except ValueError:
+            raise _Bad(expected) from None
+    else:
+        name, colon, text = value.partition(":")
+        pairs = [(name.strip(), text.strip())] if colon else [("", value)] if value else []
+    for name, text in pairs:
+        if not isinstance(text, str) or not _FIELD.fullmatch(name) or not re.fullmatch(r"[\t -~]+", text) or text != text.strip():
+            raise _Bad(expected)
+        if _OWN_FIELDS.fullmatch(name):
+            raise _Bad(f"headers of your own: {name} is set by the service")
+    if len({name.lower() for name, _ in pairs}) < len(pairs):
+        raise _Bad("each header once")
+    return tuple((name, text) for name, text in pairs)
 
 
 def _schedule(value: str) -> tuple[float, ...]:
@@ -263,17 +316,41 @@ class Config:
         _origins,
         "",
         "Origins a resumeUrl may have, exact, separated by commas: http://n8n:5678,https://n8n.example.com. Required, except in "
-        "DEV_MODE, where empty allows every origin.",
+        "DEV_MODE, where empty allows every origin on this machine and on public addresses.",
+    )
+    resume_url_rewrite: tuple[tuple[str, str], ...] = _setting(
+        _rewrites,
+        "",
+        "FROM=TO, separated by commas: http://localhost:5678=http://n8n:5678. Another origin for resumeUrls that name n8n as "
+        "others reach it; path and query stay. Rewritten first, then checked against the allowed origins.",
     )
     callback_schedule: tuple[float, ...] = _setting(
         _schedule,
         "0,1,2,4,8,15,30,60,300,1800,7200,18000,36000",
         "Seconds to wait before each attempt of a callback (varied by 20 %). After the last one it is a dead letter.",
     )
+    callback_concurrency: int = _setting(
+        _whole(1, 200),
+        "20",
+        "Callbacks that a worker sends to one origin at the same time. One that is slow or down delays its own callbacks alone.",
+    )
     callback_secret: bytes = _setting(
         _webhook_secret,
         "",
         "Signs callbacks (Standard Webhooks): whsec_ and 24 to 64 bytes in base64. Empty: unsigned.",
+        secret=True,
+    )
+    callback_secret_previous: bytes = _setting(
+        _webhook_secret,
+        "",
+        "The secret before this one: callbacks carry its signature as well. Set it until every receiver has the new one.",
+        secret=True,
+    )
+    callback_headers: tuple[tuple[str, str], ...] = _setting(
+        _headers,
+        "",
+        "Sent with every callback, for the Wait node's header authentication. One as X-Aistream-Key: a-secret, several as "
+        '{"X-Aistream-Key": "a-secret", "X-Other": "b"}.',
         secret=True,
     )
 
@@ -306,7 +383,11 @@ class Config:
     )
 
     max_viewers_per_session: int = _setting(_whole(1, 100_000), "10", "Viewers of one session at the same time, on each worker.")
-    max_body_bytes: int = _setting(_whole(1_024, 16_777_216), "262144", "Largest request body, in bytes.")
+    max_body_bytes: int = _setting(
+        _whole(1_024, 16_777_216),
+        "262144",
+        "Largest request body, in bytes. It and six times MAX_ANSWER_BYTES must fit into 15 MiB.",
+    )
     max_prompt_chars: int = _setting(
         _whole(1, 16_000_000), "200000", "Largest prompt, and largest sum of system and messages, in characters."
     )
@@ -317,6 +398,12 @@ class Config:
         "JSON writes a byte as six.",
     )
 
+    metrics_token: str = _setting(
+        _token,
+        "",
+        "Opens GET /metrics to whoever has it (Authorization: Bearer). Empty: there is no such page, except in DEV_MODE.",
+        secret=True,
+    )
     log_level: str = _setting(_choice("debug", "info", "warning", "error"), "info", "debug, info, warning or error.")
     log_format: str = _setting(
         _choice("auto", "json", "console"), "auto", "json, console, or auto: JSON unless standard output is a terminal."
@@ -359,6 +446,13 @@ class Config:
             # RFC 7518 3.2; PyJWT warns at each token otherwise.
             text = f"has {len(self.jwt_secret.encode())} bytes: expected at least {size} random bytes for {self.jwt_algorithm}"
             found.append(("JWT_SECRET", text))
+        if self.callback_secret_previous and not self.callback_secret:
+            found.append(("CALLBACK_SECRET_PREVIOUS", "is set alone: expected CALLBACK_SECRET beside it"))
+        # JSON writes a control character of the answer as six bytes; the prompt and what is echoed came in with the body.
+        largest = 6 * self.max_answer_bytes + self.max_body_bytes
+        if largest > _CALLBACK_BYTES:
+            text = f"is {self.max_body_bytes}: expected at most {_CALLBACK_BYTES - 6 * self.max_answer_bytes}"
+            found.append(("MAX_BODY_BYTES", f"{text} beside MAX_ANSWER_BYTES, or n8n refuses a callback for its size"))
         if self.web_concurrency > 1 and self.embedded_store:
             found.append(
                 (
@@ -410,7 +504,7 @@ _SECTIONS = {
     "RESUME_URL_ALLOWED_ORIGINS": "Callbacks to n8n",
     "SESSION_TTL_SECONDS": "Times, in seconds",
     "MAX_VIEWERS_PER_SESSION": "Limits",
-    "LOG_LEVEL": "Logs",
+    "METRICS_TOKEN": "Metrics and logs",
 }
 
 

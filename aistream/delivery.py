@@ -1,59 +1,88 @@
 """Takes a due callback, sends it, and settles what came of it.
 
 At least once: the callback is owed from the same atomic step that ends the session, and an attempt is taken before it is
-made. Whoever is alive takes what another worker left open.
+made. Whoever is alive takes what another worker left open. Each origin has its own places: one that is slow or down keeps
+nothing waiting but its own.
 """
 
 from __future__ import annotations
 
+import logging
 import random
 import time
+from collections import Counter
 from typing import Any
-from urllib.parse import urlsplit
 
 import gevent
+from gevent.event import Event as Signal
 from gevent.pool import Pool
 
-from aistream.callback import Dead, Delivered, Meaning, Retry, headers, meaning, next_delay, payload
-from aistream.config import Config
-from aistream.errors import StoreUnavailable
+from aistream.callback import Dead, Delivered, Meaning, Retry, headers, meaning, next_step, payload
+from aistream.config import Config, origin_of
+from aistream.destination import Destinations
+from aistream.errors import DestinationRefused, StoreUnavailable
 from aistream.outbound import Outbound, SendFailed
 from aistream.recall import Recall
-from aistream.store import AWAY, Store, Taken, Word
+from aistream.session import Attempt
+from aistream.store import AWAY, Places, Store, Taken, Word
+from aistream.telemetry import callback_attempted
 from aistream.telemetry import log as lines
 
-#: Attempts at the same time per worker. One that finds no place is taken at the next look at the deadlines.
-SENDERS = 50
+#: Attempts at the same time per worker, to all origins. One that finds no place is taken at a later look at what is due.
+SENDERS = 200
 #: Seconds one attempt may last in all: a receiver that drips its answer is cut off. Less than the store's visibility.
 ATTEMPT = 35.0
 #: Seconds to keep saying what came of an attempt to a store that is away: after that another worker takes it again.
 SETTLE = 60.0
+#: Seconds between two looks at what is due while more is due than there are places, at least: each look is one for many.
+BREATH = 0.05
 
 
 class Delivery:
     """The callbacks that this worker sends."""
 
-    def __init__(self, config: Config, store: Store, outbound: Outbound, recall: Recall) -> None:
+    def __init__(self, config: Config, store: Store, destinations: Destinations, outbound: Outbound, recall: Recall) -> None:
         self._config = config
         self._store = store
         self._recall = recall
+        self._destinations = destinations
         self._outbound = outbound
+        self._secrets = [secret for secret in (config.callback_secret, config.callback_secret_previous) if secret]
         self._senders = Pool(SENDERS)
         #: Those of them that wait for a receiver.
         self._sending: set[Any] = set()
+        #: How many places of an origin are taken.
+        self._taken: Counter[str] = Counter()
+        #: More was due at the last look than there were places.
+        self._more = False
+        self._room = Signal()
 
     def __len__(self) -> int:
         return len(self._senders)
 
     @property
-    def free(self) -> int:
+    def places(self) -> Places:
         """How many attempts there is a place for."""
-        return int(self._senders.free_count())
+        each = self._config.callback_concurrency
+        return Places(int(self._senders.free_count()), each, {origin: each - taken for origin, taken in self._taken.items()})
 
-    def wake(self, session_id: str) -> None:
-        """The session's callback is due: it is attempted now if there is a place. Without yielding."""
-        if not self._senders.full():
-            self._senders.spawn(self._attempt, session_id)
+    def wake(self, session_id: str, origin: str) -> None:
+        """The callback of this session, to this origin, is due: it is attempted now if there is a place. Without yielding."""
+        if not self._senders.full() and self._taken[origin] < self._config.callback_concurrency:
+            self._taken[origin] += 1
+            self._senders.spawn(self._attempt, session_id, origin)
+        else:
+            self._more = True
+
+    def looked(self, more: bool) -> None:
+        """What was due has been looked at; `more`: there was no place for some of it."""
+        self._more = more
+
+    def rest(self, seconds: float) -> None:
+        """Waits until it is time for another look at what is due: so long, or until there is room for more."""
+        gevent.sleep(BREATH)
+        self._room.wait(seconds - BREATH)
+        self._room.clear()
 
     def give_up(self) -> int:
         """Breaks off the attempts that are still being made: another worker makes the next ones. Gives their number."""
@@ -62,7 +91,7 @@ class Delivery:
             sender.kill(SendFailed("the service was stopped in mid-attempt", sent=True), block=False)
         return len(sending)
 
-    def _attempt(self, session_id: str) -> None:
+    def _attempt(self, session_id: str, origin: str) -> None:
         try:
             taken = self._store.take_callback(session_id)
             if taken is not None:
@@ -72,44 +101,80 @@ class Delivery:
             return  # it stays due
         except Exception as error:  # the root of this greenlet: the attempt stays open and is taken again
             lines.error("callback.broke", session=session_id, error=error)
+        finally:
+            self._leave(origin)
+
+    def _leave(self, origin: str) -> None:
+        self._taken[origin] -= 1
+        if not self._taken[origin]:
+            del self._taken[origin]
+        if self._more:
+            self._room.set()
 
     def _deliver(self, taken: Taken) -> None:
-        began = time.monotonic()
-        outcome, status = self._send(taken)
-        delay = None
+        began, at = time.monotonic(), time.time()
+        outcome, status, origin = self._send(taken)
+        ambiguous = taken.ambiguous or (isinstance(outcome, Retry) and outcome.arrived)
+        running = isinstance(outcome, Retry) and outcome.running
+        delay = 0.0
         if isinstance(outcome, Retry):
-            delay = next_delay(taken.attempt, outcome.retry_after, self._config.callback_schedule, random.random())
-            if delay is None:
-                outcome = Dead(f"{outcome.reason}; this was the last attempt")
+            step = next_step(
+                outcome,
+                attempt=taken.tries,
+                ambiguous=ambiguous,
+                running_for=taken.running_for,
+                schedule=self._config.callback_schedule,
+                dice=random.random(),
+            )
+            if isinstance(step, (Delivered, Dead)):
+                outcome = step
+            else:
+                delay = step
+        duration = time.monotonic() - began
+        line = Attempt(
+            attempt=taken.attempt,
+            outcome=type(outcome).__name__.lower(),
+            at=round(at * 1000),
+            status=status,
+            reason=_reason(outcome, status),
+            duration_ms=round(duration * 1000),
+        )
+        callback_attempted(line.outcome, duration, taken.age + duration)
         lines.log(
-            40 if isinstance(outcome, Dead) else 20,
+            logging.ERROR if isinstance(outcome, Dead) else logging.INFO,
             "callback.attempted",
             session=taken.session.id,
             attempt=taken.attempt,
-            outcome=type(outcome).__name__.lower(),
+            outcome=line.outcome,
             status=status,
-            reason=None if isinstance(outcome, Delivered) else outcome.reason,
-            origin=urlsplit(taken.session.resume_url).netloc,
-            next_in=None if delay is None else round(delay, 1),
-            duration_ms=round((time.monotonic() - began) * 1000),
+            reason=line.reason or None,
+            origin=origin,
+            next_in=round(delay, 1) if isinstance(outcome, Retry) else None,
+            duration_ms=line.duration_ms,
         )
-        self._settle(taken, outcome, delay or 0.0)
+        self._settle(taken, outcome, delay, ambiguous, running, line)
 
-    def _send(self, taken: Taken) -> tuple[Meaning, int | None]:
-        body = payload(taken.session, taken.attempt)
-        signed = headers(taken.session.id, body, int(time.time()), self._config.callback_secret)
+    def _send(self, taken: Taken) -> tuple[Meaning, int | None, str]:
+        """What came of it, with the status of the answer and the origin it went to."""
+        origin = origin_of(taken.session.resume_url)
         sender: Any = gevent.getcurrent()
         try:
+            url = self._destinations.of(taken.session.resume_url)
+            origin = origin_of(url)
+            body = payload(taken.session, taken.attempt)
+            named = headers(taken.session.id, body, int(time.time()), self._secrets, self._config.callback_headers)
             self._sending.add(sender)
             with gevent.Timeout(ATTEMPT, SendFailed("no whole answer in time", sent=True)):
-                answer = self._outbound.post(taken.session.resume_url, body, signed)
+                answer = self._outbound.post(url, body, named)
         except SendFailed as failed:
-            return Retry(failed.reason, arrived=failed.sent), None
+            return Retry(failed.reason, arrived=failed.sent), None, origin
+        except DestinationRefused as refused:
+            return Dead(f"resumeUrl {refused}"), None, origin
         finally:
             self._sending.discard(sender)
-        return meaning(answer, ambiguous=taken.ambiguous), answer.status
+        return meaning(answer, ambiguous=taken.ambiguous), answer.status, origin
 
-    def _settle(self, taken: Taken, outcome: Meaning, delay: float) -> None:
+    def _settle(self, taken: Taken, outcome: Meaning, delay: float, ambiguous: bool, running: bool, line: Attempt) -> None:
         until = time.monotonic() + SETTLE
         word: Word = "delivered" if isinstance(outcome, Delivered) else "retry" if isinstance(outcome, Retry) else "dead"
         # Before the store is told: one that is away, or has just lost the session, is told again what came of it.
@@ -121,11 +186,19 @@ class Delivery:
                     taken.attempt,
                     word,
                     delay=delay,
-                    ambiguous=isinstance(outcome, Retry) and outcome.arrived,
-                    last_answer="" if isinstance(outcome, Delivered) else outcome.reason,
+                    ambiguous=ambiguous,
+                    running=running,
+                    last_answer=line.reason,
+                    line=line,
                 )
                 return
             except StoreUnavailable:
                 if time.monotonic() > until:
                     raise
                 gevent.sleep(AWAY)
+
+
+def _reason(outcome: Meaning, status: int | None) -> str:
+    if not isinstance(outcome, Delivered):
+        return outcome.reason
+    return "" if status is not None and status < 300 else f"n8n answered {status}: an earlier attempt has arrived"

@@ -2,10 +2,12 @@
 
     AistreamError
     ├── ConfigError             the configuration is unusable: stops the start
+    ├── DestinationRefused      no callback goes there: a fault at init, a dead letter later
     ├── Problem                 answered to the caller as RFC 9457 problem+json
     │   ├── InvalidRequest      400: names every faulty field
     │   ├── Unauthorized        401: says what is wrong with the token
     │   ├── NotFound            404
+    │   ├── Conflict            409: not in this state
     │   ├── Refused             a viewer's valid token, but no stream: expired, over, too many, away
     │   └── StoreUnavailable    503: Redis is away
     └── ProviderFailed          the model did not finish: becomes the session's `Failed` ending
@@ -29,6 +31,10 @@ class ConfigError(AistreamError):
     def __init__(self, faults: Sequence[str]) -> None:
         self.faults = tuple(faults)
         super().__init__("\n".join(["aistream cannot start with this configuration:", *(f"  - {f}" for f in faults)]))
+
+
+class DestinationRefused(AistreamError):
+    """A callback may not go there. The message says why, in words that follow the field's name."""
 
 
 class Fault(NamedTuple):
@@ -91,6 +97,14 @@ class NotFound(Problem):
     status = 404
     code = "not_found"
     title = "Not found"
+
+
+class Conflict(Problem):
+    """What is asked cannot be done in the state that things are in; the code says which."""
+
+    status = 409
+    code = "conflict"
+    title = "Not in this state"
 
 
 class StoreUnavailable(Problem):

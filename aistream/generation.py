@@ -17,7 +17,7 @@ import msgspec
 from gevent.event import AsyncResult
 from gevent.lock import BoundedSemaphore
 
-from aistream.config import Config
+from aistream.config import Config, origin_of
 from aistream.errors import ProviderFailed, StoreUnavailable
 from aistream.events import Cursor, End, Ending, Event, Failed, Reasoning, Text, Usage
 from aistream.log import Log
@@ -35,6 +35,7 @@ from aistream.session import (
     Ended,
     Fenced,
     Finished,
+    IdempotencyKey,
     Missing,
     Outcome,
     Request,
@@ -221,7 +222,14 @@ class Generation:
                 if last is None or self.log.dropped:
                     return None
                 result = self._all.store.finish(
-                    self.session_id, self.epoch, len(self.log), last.seq + 1, ending, self.log.answer(), outcome
+                    self.session_id,
+                    self.epoch,
+                    len(self.log),
+                    last.seq + 1,
+                    ending,
+                    self.log.answer(),
+                    outcome,
+                    callback_in=self._all.config.callback_schedule[0],
                 )
                 match result:
                     case Finished():
@@ -255,9 +263,9 @@ class Generations:
         writer: LogWriter,
         recall: Recall,
         pulse: Pulse,
-        on_ended: Callable[[str], None],
+        on_ended: Callable[[str, str], None],
     ) -> None:
-        """`on_ended` gets the id of a session whose callback has just become due."""
+        """`on_ended` gets the id of a session that has just ended, and the origin that its callback goes to."""
         self.config = config
         self.store = store
         self.providers = providers
@@ -274,9 +282,16 @@ class Generations:
         self._doubting = BoundedSemaphore()
         self._watched_from = 0.0
 
-    def accept(self, session_id: str, subject: str, request: Request, resume_url: str) -> Accepted:
-        """A new session. It waits for its first viewer, unless it is to start immediately. Raises StoreUnavailable."""
-        accepted = self.store.create(session_id, subject, request, resume_url)
+    def accept(
+        self, session_id: str, subject: str, request: Request, resume_url: str, key: IdempotencyKey | None = None
+    ) -> Accepted | None:
+        """A new session, or the one that `key` has begun; None where it has begun one for another body.
+
+        It waits for its first viewer, unless it is to start immediately. Raises StoreUnavailable.
+        """
+        accepted = self.store.create(session_id, subject, request, resume_url, key)
+        if accepted is None or accepted.id != session_id:
+            return accepted
         self._recall.accepted(accepted)
         if request.immediate:
             with suppress(StoreUnavailable):  # it is accepted: its first viewer starts it, or its deadline
@@ -347,7 +362,8 @@ class Generations:
             self._ask(session_id, "open")
             return
         outcome = Outcome(EXPIRED, accepted.request.model, Usage(0, 0, source="provider"))
-        finished = self.store.finish(session_id, 0, 0, 0, EXPIRED, "", outcome)
+        first = self.config.callback_schedule[0]
+        finished = self.store.finish(session_id, 0, 0, 0, EXPIRED, "", outcome, callback_in=first)
         if isinstance(finished, Finished):
             ending: Ending = CANCELLED if finished.state is State.CANCELLED else EXPIRED
             outcome = msgspec.structs.replace(outcome, ending=ending)
@@ -355,7 +371,7 @@ class Generations:
             log.append(finished.ending_id, ending)
             self._recall.ended(Told(accepted, None, log, ending, outcome))
             _report(session_id, 0, accepted.request, outcome, 0, 0)
-            self._on_ended(session_id)
+            self._on_ended(session_id, origin_of(accepted.resume_url))
 
     def cancel(self, session_id: str) -> State | Missing:
         """Stops the session, wherever it runs. Gives its state: an ending, or `running` while that is still to come.
@@ -447,7 +463,7 @@ class Generations:
             del self.running[generation.session_id]
         if generation.told is not None:
             self._recall.ended(generation.told)
-            self._on_ended(generation.session_id)
+            self._on_ended(generation.session_id, origin_of(generation.claimed.accepted.resume_url))
 
     def _begin(self, session_id: str, claimed: Claimed) -> Generation:
         self._recall.claimed(session_id)

@@ -1,4 +1,4 @@
-"""The one sender of callbacks: to the origins that are allowed, and to nothing that a URL may try to reach instead.
+"""The one sender of callbacks: to allowed addresses, and to nothing that a URL may try to reach instead.
 
 No redirects, no proxies from the environment, at most 64 KiB of an answer read. The address is checked when it is connected
 to, so that a name which resolves differently the second time gains nothing.
@@ -6,13 +6,16 @@ to, so that a name which resolves differently the second time gains nothing.
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 import ssl
+import time
 from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
+import gevent
 import requests
 import urllib3
 from requests.adapters import HTTPAdapter
@@ -22,21 +25,15 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.util.connection import create_connection
 
 from aistream.callback import Answer
+from aistream.config import origin_of
+from aistream.destination import Destinations
+from aistream.errors import DestinationRefused
 
 #: Seconds to connect, and between two pieces of the answer: a saturated n8n holds its 200 for a while.
 TIMEOUT = (5.0, 30.0)
 MAX_ANSWER_BYTES = 64 * 1024
-
-#: Never a callback's goal, whatever is configured: link-local (with the clouds' metadata services), "this network",
-#: multicast, and the metadata addresses outside them: AWS over IPv6, Alibaba, Oracle, and link-local through NAT64.
-_REFUSED = [
-    ipaddress.ip_network(net)
-    for net in (
-        *("169.254.0.0/16", "fe80::/10", "0.0.0.0/8", "::/128", "224.0.0.0/4", "ff00::/8", "fd00:ec2::/32"),
-        *("100.100.100.200/32", "192.0.0.192/32", "64:ff9b::a9fe:0/112"),
-    )
-]
-
+#: Seconds to read that: whatever it says, the status is known by then.
+READING = 5.0
 
 #: Carries the target past urllib3; never sent.
 _TARGET = ":target"
@@ -51,19 +48,19 @@ class SendFailed(Exception):
         self.sent = sent
 
 
-class ForbiddenAddress(OSError):
-    """The name leads to an address that no callback may go to."""
-
-
 class Outbound:
     """Sends callbacks. Safe to use from many greenlets; connections are kept for the next one."""
 
-    def __init__(self, pool_size: int) -> None:
+    def __init__(self, destinations: Destinations, pool_size: int) -> None:
         # Not blocking: whoever calls bounds the number of senders, and urllib3's blocking pool can deadlock (gevent#1957).
-        self._adapter = _Adapter(pool_connections=pool_size, pool_maxsize=pool_size, pool_block=False, max_retries=0)
+        self._adapter = HTTPAdapter(pool_connections=pool_size, pool_maxsize=pool_size, pool_block=False, max_retries=0)
+        self._adapter.poolmanager.pool_classes_by_scheme = {
+            "http": partial(_CheckedHTTPPool, destinations),
+            "https": partial(_CheckedHTTPSPool, destinations),
+        }
 
     def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> Answer:
-        """POSTs and gives the answer, whatever its status. Raises SendFailed."""
+        """POSTs and gives the answer, whatever its status. Raises SendFailed, and DestinationRefused for a bad address."""
         # By the adapter itself: a requests.Session would follow redirects, take proxies and passwords from the environment,
         # keep cookies and write the URL anew, all of which a callback must not have.
         asked = requests.PreparedRequest()
@@ -71,11 +68,13 @@ class Outbound:
         asked.headers = CaseInsensitiveDict({**headers, "Content-Length": str(len(body)), "Accept": "*/*", _TARGET: _target(url)})
         try:
             with self._adapter.send(asked, stream=True, timeout=TIMEOUT) as response:
+                said, broken = _beginning(response)
                 return Answer(
                     status=response.status_code,
                     content_type=response.headers.get("Content-Type", ""),
-                    body=_beginning(response),
-                    retry_after=_seconds(response.headers.get("Retry-After")),
+                    body=said,
+                    retry_after=_seconds(response.headers.get("Retry-After"), time.time()),
+                    broken=broken,
                 )
         except requests.ConnectTimeout as error:
             raise SendFailed("connecting timed out", sent=False) from error
@@ -84,8 +83,11 @@ class Outbound:
         except requests.exceptions.InvalidURL as error:
             raise SendFailed("the address cannot be used", sent=False) from error
         except requests.RequestException as error:
-            reason, sent = _what_broke(error)
-            raise SendFailed(reason, sent=sent) from error
+            cause = _cause(error)
+            if isinstance(cause.__cause__, DestinationRefused):
+                raise cause.__cause__ from error
+            unsent = isinstance(cause, urllib3.exceptions.NewConnectionError)
+            raise SendFailed("could not connect" if unsent else "the connection broke", sent=not unsent) from error
 
     def close(self) -> None:
         """Closes the kept connections."""
@@ -97,34 +99,52 @@ def _target(url: str) -> str:
     return (parts.path or "/") + (f"?{parts.query}" if "?" in url else "")
 
 
-def _beginning(response: requests.Response) -> str:
-    """The first 64 KiB of the answer's body; what cannot be read is as good as empty: the status has arrived."""
-    read = b""
+def _beginning(response: requests.Response) -> tuple[str, bool]:
+    """The first 64 KiB of the answer's body, and whether it broke off before that. Its status has arrived in any case."""
+    read, broken = b"", True
+    timer = gevent.Timeout.start_new(READING)
     try:
-        for piece in response.iter_content(8192):
+        for piece in response.iter_content(1024):
             read += piece
             if len(read) >= MAX_ANSWER_BYTES:
                 break
+        broken = False
     except requests.RequestException:
         pass
-    return read[:MAX_ANSWER_BYTES].decode("utf-8", "replace")
+    except gevent.Timeout as over:
+        if over is not timer:
+            raise
+    finally:
+        timer.close()
+    return read[:MAX_ANSWER_BYTES].decode("utf-8", "replace"), broken
 
 
-def _seconds(retry_after: str | None) -> float | None:
-    return float(retry_after) if retry_after and retry_after.isascii() and retry_after.isdigit() else None
+def _seconds(retry_after: str | None, now: float) -> float | None:
+    """Retry-After in seconds: a number, or a date (RFC 9110 10.2.3). None for what is neither."""
+    if not retry_after:
+        return None
+    if retry_after.isascii() and retry_after.isdigit():
+        return float(retry_after[:9])  # some say "never" with a number that no float holds
+    try:
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - now)
+    except (ValueError, OverflowError):
+        return None
 
 
-def _what_broke(error: requests.RequestException) -> tuple[str, bool]:
+def _cause(error: requests.RequestException) -> BaseException:
     cause: Any = error.args[0] if error.args else error
     cause = getattr(cause, "reason", cause)
-    if isinstance(cause, urllib3.exceptions.NewConnectionError):
-        refused = isinstance(cause.__cause__, ForbiddenAddress)
-        return ("the address is not allowed" if refused else "could not connect"), False
-    return "the connection broke", True
+    return cause if isinstance(cause, BaseException) else error
 
 
 class _Checked(HTTPConnection):
     """urllib3's connection, which resolves the name and connects only to addresses that are allowed."""
+
+    scheme = "http"
+
+    def __init__(self, destinations: Destinations, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._destinations = destinations
 
     @property
     def is_connected(self) -> bool:
@@ -150,43 +170,36 @@ class _Checked(HTTPConnection):
             host = self.host.strip("[]")
             host.encode("idna")  # as the resolver does, where gevent would print what it raises
             found = socket.getaddrinfo(host, self.port, type=socket.SOCK_STREAM)
-            error: OSError = OSError("the name has no address")
+            origin = origin_of(f"{self.scheme}://{f'[{host}]' if ':' in host else host}:{self.port}")
+            error: Exception = OSError("the name has no address")
             for *_, address in found:
                 try:
-                    check_address(str(address[0]))
+                    self._destinations.check_address(str(address[0]), origin)
                     return create_connection(
                         (str(address[0]), int(address[1])), self.timeout, self.source_address, self.socket_options
                     )
-                except OSError as failed:
+                except (OSError, DestinationRefused) as failed:
                     error = failed
             raise error
         except TimeoutError as error:
             raise urllib3.exceptions.ConnectTimeoutError(self, "connecting timed out") from error
-        except (OSError, UnicodeError) as error:
+        except (OSError, UnicodeError, DestinationRefused) as error:
             raise urllib3.exceptions.NewConnectionError(self, "could not connect") from error
-
-
-def check_address(address: str) -> None:
-    """Raises ForbiddenAddress for an address that no callback may go to, also in its IPv4-mapped form."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    ip = getattr(ip, "ipv4_mapped", None) or ip
-    if any(ip in network for network in _REFUSED if network.version == ip.version):
-        raise ForbiddenAddress("this address is not allowed")
 
 
 class _CheckedTLS(_Checked, HTTPSConnection):
     """HTTPS to a checked address; the certificate is checked against the URL's name."""
 
+    scheme = "https"
+
 
 class _CheckedHTTPPool(HTTPConnectionPool):
-    ConnectionCls = _Checked
+    def __init__(self, destinations: Destinations, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.ConnectionCls = partial(_Checked, destinations)  # type: ignore[assignment]  # called, and nothing else
 
 
 class _CheckedHTTPSPool(HTTPSConnectionPool):
-    ConnectionCls = _CheckedTLS
-
-
-class _Adapter(HTTPAdapter):
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = {"http": _CheckedHTTPPool, "https": _CheckedHTTPSPool}
+    def __init__(self, destinations: Destinations, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.ConnectionCls = partial(_CheckedTLS, destinations)  # type: ignore[assignment]

@@ -79,6 +79,11 @@ class Recall:
         """Whether the store has yet to be told again: until then it may offer callbacks that are settled already."""
         return self._behind
 
+    @property
+    def telling(self) -> bool:
+        """Whether something is still to be told again, pending sessions included."""
+        return self._behind or self._pending_again_at is not None
+
     def accepted(self, accepted: Accepted) -> None:
         """A session was accepted here, and waits for its first viewer."""
         self._pending[accepted.id] = accepted, time.monotonic() + self._overdue

@@ -100,6 +100,13 @@ class Session(msgspec.Struct, frozen=True):
     ended_at: int
 
 
+class IdempotencyKey(msgspec.Struct, frozen=True):
+    """An init's Idempotency-Key. `name`: a digest of it and of the caller's subject; `body`: a digest of what was asked."""
+
+    name: str
+    body: str
+
+
 class Accepted(msgspec.Struct, frozen=True):
     """What an accepted init stored, and what never changes afterwards. Points in time are ms since 1970 by Redis's clock.
 
@@ -112,11 +119,64 @@ class Accepted(msgspec.Struct, frozen=True):
     resume_url: str
     created_at: int
     deadline: int
+    key: IdempotencyKey | None = None
 
     @property
     def start(self) -> Start:
         """The first event of its log, in every epoch."""
         return Start(self.id, self.request.model, self.request.provider)
+
+
+class Attempt(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One attempt of a callback, as its history has it. `outcome`: `delivered`, `retry`, `dead`, or `lost` with its worker.
+
+    `at`: ms since 1970 when it began; `status`: of n8n's answer, None where none came.
+    """
+
+    attempt: int
+    outcome: str
+    at: int | None = None
+    status: int | None = None
+    reason: str = ""
+    duration_ms: int | None = None
+
+
+class CallbackRecord(msgspec.Struct, frozen=True):
+    """Where an ended session's callback stands. `state`: `owed`, `delivered` or `dead`.
+
+    Points in time are ms since 1970. `next_at`: of an owed one; `open`: an attempt is being made; `settled_at`: of the others.
+    """
+
+    state: str
+    attempt: int
+    origin: str
+    open: bool
+    next_at: int | None
+    settled_at: int | None
+    last_answer: str
+    history: list[Attempt]
+
+
+class Record(msgspec.Struct, frozen=True):
+    """All that is kept of a session but prompt, answer and resumeUrl. Points in time are ms since 1970 by Redis's clock."""
+
+    id: str
+    subject: str
+    state: State
+    start: Start
+    created_at: int
+    started_at: int | None
+    ended_at: int | None
+    outcome: Outcome | None
+    callback: CallbackRecord | None
+
+
+class Counts(msgspec.Struct, frozen=True):
+    """Callbacks that are owed, seconds since the oldest of them is, and dead letters."""
+
+    owed: int
+    oldest_owed: float
+    dead: int
 
 
 class Claimed(msgspec.Struct, frozen=True):

@@ -6,8 +6,12 @@
     aistream:{0}:session:<id>    hash    state, epoch, worker, times, callback state and attempts; nothing private
     aistream:{0}:content:<id>    hash    request (with the prompt), resumeUrl, answer: gone when the replay is over
     aistream:{0}:log:<id>        stream  the events; entry id = SSE id = `<epoch>-<seq>`
-    aistream:{0}:deadlines       zset    session id -> its one next deadline, ms by Redis's clock
+    aistream:{0}:deadlines       zset    id of a pending or running session -> its one next deadline, ms by Redis's clock
+    aistream:{0}:origins         zset    origin of resumeUrls -> since when a callback to it may be due
+    aistream:{0}:origins:<o>     zset    id of an ended session -> when its next attempt is due; a queue for each origin
+    aistream:{0}:owed            zset    owed callbacks by the time of the ending
     aistream:{0}:dead            zset    dead letters by time
+    aistream:{0}:init:<digest>   hash    what an Idempotency-Key has begun: id of the session, digest of the body
     aistream:{0}:tick            hash    when somebody last looked for due sessions; a random birth and a count of looks, which
                                          tell a Redis that lost its data; since when it is known to have lost nothing
     aistream:{0}:inbox:<worker>  list    ids of the worker's sessions that somebody has stopped
@@ -23,27 +27,32 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import msgspec
 import redis
 
-from aistream.config import Config
+from aistream.config import Config, origin_of
 from aistream.connections import Command, Connections, connect
 from aistream.errors import StoreUnavailable
-from aistream.events import Cursor, Ending, Event, from_entry, to_entry
+from aistream.events import Cursor, Ending, Event, Start, from_entry, to_entry
 from aistream.session import (
     CANCELLED,
     Accepted,
+    Attempt,
+    CallbackRecord,
     Claim,
     Claimed,
+    Counts,
     Elsewhere,
     Ended,
     Fenced,
     Finish,
     Finished,
+    IdempotencyKey,
     Missing,
     Outcome,
+    Record,
     Request,
     Session,
     Short,
@@ -64,6 +73,8 @@ AWAY = 0.25
 NOTICED = 1.5
 #: Most due sessions looked at in one go.
 DUE = 1000
+#: Times that many are looked through for one page of callbacks.
+LISTED = 10
 #: Seconds that a word to a worker waits for it. One that reads it later than this has lost its sessions anyway.
 INBOX = 600
 
@@ -79,11 +90,13 @@ _AWAY_ERRORS = (
 )
 _AWAY_WORDS = ("LOADING", "OOM", "READONLY", "MISCONF", "MASTERDOWN", "NOREPLICAS")
 
-_SCRIPTS = ("create", "claim", "renew", "restore", "finish", "cancel", "watched", "due", "take_callback", "settle")
+_SCRIPTS = ("create", "claim", "renew", "restore", "finish", "cancel", "watched", "due", "take_callback", "settle", "redeliver")
 
 _json = msgspec.json.Encoder().encode
 _request = msgspec.json.Decoder(Request)
 _outcome = msgspec.json.Decoder(Outcome)
+_start = msgspec.json.Decoder(Start)
+_attempt = msgspec.json.Decoder(Attempt)
 
 #: Of a session that a worker generates: it is its own; its own, but the log has lost entries; somebody else's, or over; lost.
 Verdict = Literal["owner", "short", "fenced", "gone"]
@@ -92,12 +105,35 @@ _VERDICTS: dict[int, Verdict] = {1: "owner", 2: "short", 0: "fenced", -1: "gone"
 Word = Literal["delivered", "retry", "dead"]
 #: How a claim is meant: see `lua/claim.lua`.
 Intent = Literal["open", "recover", "confirm"]
+#: What came of the wish to have a callback delivered again: see `lua/redeliver.lua`.
+Redelivery = Literal["missing", "not_ended", "delivered", "gone", "trying", "owed"]
+
+
+class Places(NamedTuple):
+    """How many callbacks there is a place for: in all, to one origin, and to those origins where it is another number."""
+
+    total: int
+    each: int
+    left: Mapping[str, int]
+
+
+#: None at all.
+NO_PLACES = Places(0, 0, {})
+
+
+class Due(NamedTuple):
+    """A session whose deadline has passed: its state says what to do. `origin`: where its callback goes, if it has ended."""
+
+    session_id: str
+    state: State
+    origin: str
 
 
 class Look(NamedTuple):
-    """The due sessions, each with the state that says what to do. `lost`: the store may have lost writes since the last look."""
+    """What is due. `more`: callbacks that there was no place for; `lost`: the store may have lost writes since the last look."""
 
-    due: list[tuple[str, State]]
+    due: list[Due]
+    more: bool
     lost: bool
 
 
@@ -117,11 +153,25 @@ class Nature(NamedTuple):
 
 
 class Taken(msgspec.Struct, frozen=True):
-    """A callback taken for one attempt. `ambiguous`: an earlier attempt may have arrived."""
+    """A callback taken for one attempt. `ambiguous`: an earlier attempt may have arrived.
+
+    `tries`: attempts since somebody had it delivered again, with this one; `running_for`: seconds since n8n began to say that the
+    execution is running; `age`: seconds since the session ended.
+    """
 
     session: Session
     attempt: int
     ambiguous: bool
+    tries: int
+    running_for: float
+    age: float
+
+
+class Page(NamedTuple):
+    """Some callbacks in order, and after which id and time (ms) the next page begins; None after the last."""
+
+    callbacks: list[Record]
+    after: tuple[int, str] | None
 
 
 class AppendRefused(Exception):
@@ -154,23 +204,26 @@ class Store:
         except (redis.ResponseError, KeyError):
             return None
 
-    def create(self, session_id: str, subject: str, request: Request, resume_url: str) -> Accepted:
-        """A new pending session. Idempotent by id.
+    def create(
+        self, session_id: str, subject: str, request: Request, resume_url: str, key: IdempotencyKey | None = None
+    ) -> Accepted | None:
+        """A new pending session. Idempotent by id, and by `key`: used again for the same body, it gives the session it began;
+        for another, None.
 
         One that waits for no viewer is claimed by whoever accepted it; a lease later, by whoever is alive.
         """
-        accepted = Accepted(session_id, subject, request, resume_url, created_at=0, deadline=0)
-        created_at, deadline = self._create(accepted, "", "")
-        return msgspec.structs.replace(accepted, created_at=created_at, deadline=deadline)
+        accepted = Accepted(session_id, subject, request, resume_url, created_at=0, deadline=0, key=key)
+        found, created_at, deadline = self._create(accepted, "", "")
+        return msgspec.structs.replace(accepted, id=found, created_at=created_at, deadline=deadline) if found else None
 
     def create_again(self, accepted: Accepted) -> None:
         """The session as it was accepted, where the store has lost it; nothing where it stands."""
         self._create(accepted, accepted.created_at, accepted.deadline)
 
-    def _create(self, accepted: Accepted, created_at: int | str, deadline: int | str) -> tuple[int, int]:
+    def _create(self, accepted: Accepted, created_at: int | str, deadline: int | str) -> tuple[str, int, int]:
         answer = self._run(
             "create",
-            [_session(accepted.id), _content(accepted.id), _DEADLINES],
+            [_session(accepted.id), _content(accepted.id), _DEADLINES, _init(accepted)],
             [
                 accepted.id,
                 _ms(self._config.lease_seconds if accepted.request.immediate else self._config.session_ttl_seconds),
@@ -182,9 +235,11 @@ class Store:
                 _cancels(accepted),
                 created_at,
                 deadline,
+                *_origin_and_key(accepted),
+                _session(""),
             ],
         )
-        return int(answer[0]), int(answer[1])
+        return answer[0].decode(), int(answer[1]), int(answer[2])
 
     def claim(self, session_id: str, intent: Intent = "open", *, nonce: str | None = None) -> Claim | None:
         """Asks for the right to generate: of a pending session, or (`recover`) of a running one whose lease has lapsed.
@@ -243,7 +298,7 @@ class Store:
         return bool(
             self._run(
                 "restore",
-                [*_keys(accepted.id), _DEADLINES],
+                [*_keys(accepted.id), _DEADLINES, _init(accepted)],
                 [
                     accepted.id,
                     self.worker,
@@ -258,6 +313,7 @@ class Store:
                     accepted.deadline,
                     claimed.started_at,
                     _cancels(accepted),
+                    *_origin_and_key(accepted),
                     *entries,
                 ],
             )
@@ -339,7 +395,7 @@ class Store:
         """
         result = self._run(
             "finish",
-            [*_keys(session_id), _DEADLINES],
+            [*_keys(session_id), _DEADLINES, _ORIGINS, _OWED],
             [
                 session_id,
                 epoch,
@@ -394,14 +450,15 @@ class Store:
         head, content = self._many([("HGETALL", _session(session_id)), ("HGETALL", _content(session_id))])
         return _accepted(session_id, _pairs(head), _pairs(content)) if head and content else None
 
-    def due(self, *, callbacks: int) -> Look:
-        """Sessions whose deadline has passed; at most so many with a callback due."""
+    def due(self, places: Places) -> Look:
+        """Sessions whose deadline has passed, and callbacks that are due as far as there are places for them."""
         seen = self._last_look
         word = uuid.uuid4().hex.encode()
         while True:
             lost = self.connections.lost
-            args = [DUE, _ms(self._config.lease_seconds), _session(""), callbacks, word]
-            birth, number, answer = self._run("due", [_DEADLINES, _TICK], [*args, int(self._connection_lost()), _ms(NOTICED)])
+            args = [DUE, _ms(self._config.lease_seconds), _session(""), word, int(self._connection_lost()), _ms(NOTICED)]
+            args += [places.total, places.each, *(part for pair in places.left.items() for part in pair)]
+            birth, number, more, answer = self._run("due", [_DEADLINES, _TICK, _ORIGINS, _OWED], args)
             if lost == self.connections.lost:
                 break  # else a connection broke unheard, and what answered may be another Redis: it is told so
         # A store that is new to a worker's first look may have been emptied since the worker began to use it.
@@ -409,7 +466,8 @@ class Store:
         went_back = went_back or self._connection_lost()
         self._last_look = (birth, number, lost)
         items = [item.decode() for item in answer]
-        return Look([(items[i], State(items[i + 1])) for i in range(0, len(items), 2)], went_back)
+        due = [Due(items[i], State(items[i + 1]), items[i + 2]) for i in range(0, len(items), 3)]
+        return Look(due, more == b"1", went_back)
 
     def _connection_lost(self) -> bool:
         """Whether a connection has broken since the last look: behind it may be another Redis now, without the last writes."""
@@ -419,12 +477,13 @@ class Store:
         """Takes a due callback for one attempt, or None where there is nothing to do now."""
         answer = self._run(
             "take_callback",
-            [_session(session_id), _content(session_id), _DEADLINES],
+            [_session(session_id), _content(session_id), _ORIGINS],
             [session_id, VISIBILITY * 1000],
         )
         if answer is None:
             return None
-        head, content = _pairs(answer[2]), _pairs(answer[3])
+        attempt, tries, ambiguous, running_for, age = answer[:5]
+        head, content = _pairs(answer[5]), _pairs(answer[6])
         session = Session(
             id=session_id,
             request=_request.decode(content["request"]),
@@ -435,7 +494,7 @@ class Store:
             started_at=int(head["started_at"]) if "started_at" in head else None,
             ended_at=int(head["ended_at"]),
         )
-        return Taken(session, int(answer[0]), answer[1] == b"1")
+        return Taken(session, attempt, ambiguous == b"1", tries, running_for / 1000, age / 1000)
 
     def settle(
         self,
@@ -445,13 +504,18 @@ class Store:
         *,
         delay: float = 0,
         ambiguous: bool = False,
+        running: bool = False,
         last_answer: str = "",
+        line: Attempt | None = None,
     ) -> bool:
-        """Records what came of an attempt; `delay` seconds until the next. False where the attempt is not the current one."""
+        """Records what came of an attempt; `delay` seconds until the next. False where the attempt is not the current one.
+
+        `running`: n8n said that the execution is; `line`: what the history says of the attempt.
+        """
         return bool(
             self._run(
                 "settle",
-                [*_keys(session_id), _DEADLINES, _DEAD],
+                [*_keys(session_id), _ORIGINS, _OWED, _DEAD],
                 [
                     session_id,
                     attempt,
@@ -462,9 +526,75 @@ class Store:
                     int(self._config.replay_seconds),
                     DEAD_LETTER,
                     TOMBSTONE,
+                    int(running),
+                    "" if line is None else _json(line),
                 ],
             )
         )
+
+    def redeliver(self, session_id: str, subject: str | None = None) -> Redelivery:
+        """Has a callback delivered again that is owed or dead. `subject`: only one that it owns; None: whoever owns it."""
+        whose = ["any", ""] if subject is None else ["own", subject]
+        answer = self._run(
+            "redeliver",
+            [*_keys(session_id), _ORIGINS, _OWED, _DEAD],
+            [session_id, *whose, self._config.keep_seconds],
+        )
+        return cast(Redelivery, answer.decode())
+
+    def record(self, session_id: str) -> Record | None:
+        """What is kept of a session, its texts aside; None where it is not known (any more)."""
+        return self._records([session_id])[0]
+
+    def callbacks(
+        self,
+        state: Literal["owed", "dead"],
+        subject: str | None = None,
+        after: tuple[int, str] | None = None,
+        limit: int = 100,
+    ) -> Page:
+        """Callbacks that are owed or dead, those that have been so for longest first. `subject`: only those that it owns.
+
+        A page may have fewer than `limit`, or none, and yet not be the last: where most belong to others.
+        """
+        key = _OWED if state == "owed" else _DEAD
+        self._forget_old_letters()
+        since, last_id = after or (0, "")
+        found: list[Record] = []
+        for _ in range(LISTED):
+            members = self._call("ZRANGEBYSCORE", key, since, "+inf", "WITHSCORES", "LIMIT", 0, DUE)
+            pairs = [(int(float(members[i + 1])), members[i].decode()) for i in range(0, len(members), 2)]
+            new = [pair for pair in pairs if pair > (since, last_id)]
+            for (at, session_id), record in zip(new, self._records([session_id for _, session_id in new]), strict=True):
+                since, last_id = at, session_id
+                if record is None or record.callback is None:
+                    self._call("ZREM", key, session_id)  # its session has run out
+                elif record.callback.state == state and subject in (None, record.subject):
+                    found.append(record)
+                    if len(found) == limit:
+                        return Page(found, (since, last_id))
+            if len(pairs) < DUE:
+                return Page(found, None)
+        return Page(found, (since, last_id))
+
+    def counts(self) -> Counts:
+        """How many callbacks are owed and dead, of all subjects."""
+        self._forget_old_letters()
+        owed, oldest, clock, dead = self._many(
+            [("ZCARD", _OWED), ("ZRANGE", _OWED, 0, 0, "WITHSCORES"), ("TIME",), ("ZCARD", _DEAD)]
+        )
+        now = int(clock[0]) * 1000 + int(clock[1]) // 1000
+        return Counts(owed, max(0.0, (now - float(oldest[1])) / 1000) if oldest else 0.0, dead)
+
+    def _forget_old_letters(self) -> None:
+        clock = self._call("TIME")
+        self._call("ZREMRANGEBYSCORE", _DEAD, "-inf", f"({(int(clock[0]) - DEAD_LETTER) * 1000}")
+
+    def _records(self, session_ids: Sequence[str]) -> list[Record | None]:
+        heads = [_pairs(flat) for flat in self._many([("HGETALL", _session(session_id)) for session_id in session_ids])]
+        queues = [("ZSCORE", _queue(head.get("origin", b"").decode()), one) for one, head in zip(session_ids, heads, strict=True)]
+        due = self._many(queues)
+        return [_record(*one) if one[1] else None for one in zip(session_ids, heads, due, strict=True)]
 
     def keep_demo_callback(self, key: str, value: bytes) -> None:
         """Keeps what the demo page's own receiver got, for ten minutes."""
@@ -529,6 +659,8 @@ def _keys(session_id: str) -> list[str]:
 
 
 _DEADLINES = PREFIX + "deadlines"
+_ORIGINS = PREFIX + "origins"
+_OWED = PREFIX + "owed"
 _DEAD = PREFIX + "dead"
 _TICK = PREFIX + "tick"
 _INBOX = PREFIX + "inbox:"
@@ -536,6 +668,19 @@ _INBOX = PREFIX + "inbox:"
 
 def _ms(seconds: float) -> int:
     return round(seconds * 1000)
+
+
+def _queue(origin: str) -> str:
+    return f"{_ORIGINS}:{origin}"
+
+
+def _init(accepted: Accepted) -> str:
+    return f"{PREFIX}init:{accepted.key.name}" if accepted.key else _session(accepted.id)
+
+
+def _origin_and_key(accepted: Accepted) -> tuple[str, str, str]:
+    key = accepted.key
+    return (origin_of(accepted.resume_url), key.name if key else "", key.body if key else "")
 
 
 def _cancels(accepted: Accepted) -> str:
@@ -560,6 +705,36 @@ def _accepted(session_id: str, head: Mapping[str, bytes], content: Mapping[str, 
         resume_url=content["resume_url"].decode(),
         created_at=int(head["created_at"]),
         deadline=int(head["deadline"]),
+        key=IdempotencyKey(head["init_key"].decode(), head["init_body"].decode()) if head["init_key"] else None,
+    )
+
+
+def _record(session_id: str, head: Mapping[str, bytes], due: bytes | None) -> Record:
+    def number(name: str) -> int | None:
+        return int(head[name]) if name in head else None
+
+    callback = None
+    if "callback" in head:
+        callback = CallbackRecord(
+            state=head["callback"].decode(),
+            attempt=int(head["attempt"]),
+            origin=head["origin"].decode(),
+            open=head.get("open") == b"1",
+            next_at=None if due is None else int(float(due)),
+            settled_at=number("settled_at"),
+            last_answer=head.get("last_answer", b"").decode(),
+            history=[_attempt.decode(line) for line in head.get("history", b"").splitlines()],
+        )
+    return Record(
+        id=session_id,
+        subject=head["subject"].decode(),
+        state=State(head["state"].decode()),
+        start=_start.decode(head["start"]),
+        created_at=int(head["created_at"]),
+        started_at=number("started_at"),
+        ended_at=number("ended_at"),
+        outcome=_outcome.decode(head["outcome"]) if "outcome" in head else None,
+        callback=callback,
     )
 
 

@@ -1,4 +1,4 @@
-"""Log lines by name: one line per finished thing, with ids, durations and counts.
+"""Log lines and metrics by name: one line per finished thing, with ids, durations and counts.
 
 Never a prompt, an answer, a token or the query of a resumeUrl. JSON on standard output unless that is a terminal.
 """
@@ -6,17 +6,44 @@ Never a prompt, an answer, a token or the query of a resumeUrl. JSON on standard
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from typing import Any, TextIO, cast
 
 import msgspec
 import structlog
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
 
 from aistream.config import Config
+from aistream.session import Counts
 
 log: Any = structlog.get_logger("aistream")
+
+#: The metrics of this process, or, where gunicorn.conf.py has set PROMETHEUS_MULTIPROC_DIR, its share of all workers'.
+_REGISTRY = CollectorRegistry()
+_ATTEMPTS = Counter(
+    "aistream_callback_attempts",
+    "Attempts to deliver a callback, by what came of them: delivered, retry, dead.",
+    ["outcome"],
+    registry=_REGISTRY,
+)
+_ATTEMPT = Histogram(
+    "aistream_callback_attempt_seconds",
+    "Time that one attempt took.",
+    buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+    registry=_REGISTRY,
+)
+_DELIVERY = Histogram(
+    "aistream_callback_delivery_seconds",
+    "Time from a session's ending to the delivery of its callback.",
+    buckets=(0.05, 0.1, 0.25, 0.5, 1, 5, 15, 60, 300, 1_800, 7_200, 36_000),
+    registry=_REGISTRY,
+)
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
@@ -39,6 +66,42 @@ def configure(config: Config) -> None:
     # The HTTP client's own line holds whole URLs.
     logging.getLogger("httpx2").setLevel(logging.WARNING)
     logging.getLogger("urllib3").setLevel(logging.WARNING)
+
+
+def callback_attempted(outcome: str, seconds: float, age: float) -> None:
+    """Counts an attempt. `outcome`: delivered, retry or dead; `age`: seconds since the session ended."""
+    _ATTEMPTS.labels(outcome).inc()
+    _ATTEMPT.observe(seconds)
+    if outcome == "delivered":
+        _DELIVERY.observe(age)
+
+
+class _Standing(Collector):
+    """What the store says at this moment: the same from every worker."""
+
+    def __init__(self, counts: Counts) -> None:
+        self._counts = counts
+
+    def collect(self) -> Iterator[Metric]:
+        counts = self._counts
+        yield GaugeMetricFamily("aistream_callbacks_owed", "Callbacks that are still to be delivered.", counts.owed)
+        yield GaugeMetricFamily(
+            "aistream_callbacks_oldest_owed_seconds",
+            "How long the oldest owed callback has been owed; 0 without any.",
+            counts.oldest_owed,
+        )
+        yield GaugeMetricFamily("aistream_callbacks_dead", "Dead letters that are kept.", counts.dead)
+
+
+def exposition(counts: Counts) -> tuple[bytes, str]:
+    """All metrics in Prometheus' text format, with its content type."""
+    shown = CollectorRegistry()
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        MultiProcessCollector(shown)  # type: ignore[no-untyped-call]
+    else:
+        shown.register(_REGISTRY)
+    shown.register(_Standing(counts))
+    return generate_latest(shown), CONTENT_TYPE_LATEST
 
 
 def _json(event: Any, **_: Any) -> str:

@@ -20,13 +20,17 @@ import gevent
 import hypothesis  # noqa: F401  # its plugin would import it at the end, when gc.freeze() hides what it looks for
 import pytest
 import redis
+from flask.testing import FlaskClient
 
+from aistream.api import Parts
+from aistream.app import create_app
 from aistream.config import Config
 from aistream.store import Store
 from tests.neighbours.provider import ProviderServer
 from tests.neighbours.receiver import Receiver
 from tests.service import SECRET, Service
 
+MakeClient = Callable[..., FlaskClient]
 UNDER_CI = os.environ.get("CI") == "true"
 
 
@@ -187,6 +191,33 @@ def shared_service(provider_process: ProviderServer, tmp_path_factory: pytest.Te
 def service(shared_service: Service, provider: ProviderServer) -> Service:
     """A gunicorn in DEV_MODE on the embedded store, with both providers; shared by all tests that need no other."""
     return shared_service
+
+
+@pytest.fixture
+def make_client() -> Iterator[MakeClient]:
+    """Builds clients of apps with these variables on top of a DEV_MODE configuration; their loops end with the test."""
+    clients: list[FlaskClient] = []
+
+    def make(**environ: str) -> FlaskClient:
+        clients.append(create_app(make_config(**environ)).test_client())
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        parts_of(client).background.stop()
+
+
+@pytest.fixture
+def client(make_client: MakeClient) -> FlaskClient:
+    """A client of an app in DEV_MODE, with the echo provider alone."""
+    return make_client()
+
+
+def parts_of(client: FlaskClient) -> Parts:
+    """What the client's app works with."""
+    parts = client.application.extensions["aistream"]
+    assert isinstance(parts, Parts)
+    return parts
 
 
 @pytest.fixture

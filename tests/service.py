@@ -123,6 +123,14 @@ class Service:
             self._process.wait()
             self._process = None
 
+    def get(self, path: str, token: str | None = None) -> httpx.Response:
+        """GET of this path, with n8n's token (or this one) in the header."""
+        return httpx.get(self.url + path, headers={"Authorization": f"Bearer {token or n8n_token()}"}, timeout=10, verify=False)
+
+    def post(self, path: str, token: str | None = None) -> httpx.Response:
+        """POST to this path without a body, with n8n's token (or this one) in the header."""
+        return httpx.post(self.url + path, headers={"Authorization": f"Bearer {token or n8n_token()}"}, timeout=10, verify=False)
+
     def init(self, **body: Any) -> httpx.Response:
         """POST /init-stream with a valid token, a prompt and a resumeUrl that nobody listens on, unless `body` has others."""
         asked = {"n8nToken": n8n_token(), "resumeUrl": "http://127.0.0.1:9/none", "prompt": "Hello", **body}

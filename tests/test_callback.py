@@ -13,7 +13,19 @@ from hypothesis import strategies as st
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from aistream import __version__
-from aistream.callback import Answer, Dead, Delivered, Retry, headers, meaning, next_delay, payload, timestamp
+from aistream.callback import (
+    RUNNING,
+    Answer,
+    Dead,
+    Delivered,
+    Retry,
+    headers,
+    meaning,
+    next_delay,
+    next_step,
+    payload,
+    timestamp,
+)
 from aistream.config import Config
 from aistream.events import End, Failed, Usage
 from aistream.session import EXPIRED, Outcome, Request, Session
@@ -175,7 +187,7 @@ def test_no_millisecond_is_lost_in_a_point_in_time(ms: int) -> None:
 def test_the_signature_is_one_that_standard_webhooks_accepts() -> None:
     body = payload(session(), 1)
 
-    signed = headers(SESSION_ID, body, int(time.time()), SECRET)
+    signed = headers(SESSION_ID, body, int(time.time()), [SECRET])
 
     verifier = Webhook("whsec_" + base64.b64encode(SECRET).decode())
     assert verifier.verify(body, signed) == json.loads(body)
@@ -190,7 +202,7 @@ def test_the_signature_is_one_that_standard_webhooks_accepts() -> None:
 
 
 def test_the_id_stays_the_same_over_all_attempts_and_the_time_does_not() -> None:
-    first, second = headers(SESSION_ID, b"{}", 1000, SECRET), headers(SESSION_ID, b"{}", 2000, SECRET)
+    first, second = headers(SESSION_ID, b"{}", 1000, [SECRET]), headers(SESSION_ID, b"{}", 2000, [SECRET])
 
     assert first["webhook-id"] == second["webhook-id"] == f"msg_{SESSION_ID}"
     assert (first["webhook-timestamp"], second["webhook-timestamp"]) == ("1000", "2000")
@@ -198,7 +210,7 @@ def test_the_id_stays_the_same_over_all_attempts_and_the_time_does_not() -> None
 
 
 def test_without_a_secret_there_is_no_signature() -> None:
-    assert headers(SESSION_ID, b"{}", 1000, b"") == {
+    assert headers(SESSION_ID, b"{}", 1000, []) == {
         "Content-Type": "application/json",
         "User-Agent": f"Mozilla/5.0 (compatible; aistream/{__version__})",
         "webhook-id": f"msg_{SESSION_ID}",
@@ -299,6 +311,7 @@ ROWS: list[tuple[n8n.Answer, type, type]] = [
     (plain(400), Dead, Dead),
     (plain(404, '{"message":"Not Found"}'), Dead, Dead),
     (plain(410), Dead, Dead),
+    (plain(524, "<html>A timeout occurred</html>", HTML), Retry, Retry),
     (plain(413), Dead, Dead),
 ]
 
@@ -318,6 +331,60 @@ def test_what_n8n_turned_away_has_not_arrived(said: n8n.Answer) -> None:
     verdict = meaning(answer(said), ambiguous=False)
 
     assert isinstance(verdict, Retry) and not verdict.arrived
+
+
+@pytest.mark.parametrize("status", [404, 409])
+def test_an_answer_whose_words_broke_off_says_nothing_yet(status: int) -> None:
+    broken = Answer(status, "application/json", '{"code":409,"mess', broken=True)
+
+    assert meaning(broken, ambiguous=True) == Retry(f"n8n answered {status}, and its words broke off")
+
+
+@pytest.mark.parametrize(("status", "kind"), [(200, Delivered), (410, Dead), (503, Retry)])
+def test_a_status_that_says_it_all_needs_no_words(status: int, kind: type) -> None:
+    assert type(meaning(Answer(status, "application/json", "", broken=True), ambiguous=False)) is kind
+
+
+@pytest.mark.parametrize("status", [500, 504, 524])
+def test_who_may_have_waited_for_an_answer_in_vain_may_have_delivered(status: int) -> None:
+    verdict = meaning(Answer(status), ambiguous=False)
+
+    assert isinstance(verdict, Retry) and verdict.arrived
+
+
+RUNS = Retry("it runs", running=True)
+
+
+def step(outcome: Retry, attempt: int = 1, *, ambiguous: bool = False, running_for: float = 0) -> object:
+    """What follows an attempt, without jitter."""
+    return next_step(outcome, attempt=attempt, ambiguous=ambiguous, running_for=running_for, schedule=SCHEDULE, dice=0.5)
+
+
+def test_what_is_not_delivered_is_tried_again_until_the_schedule_ends() -> None:
+    assert [step(Retry("busy"), attempt) for attempt in (1, 2, 12)] == [1, 2, 36_000]
+    assert step(Retry("busy"), 13) == step(Retry("busy"), 13, ambiguous=True) == Dead("busy; this was the last attempt")
+
+
+def test_an_execution_that_runs_is_asked_for_ten_minutes_and_then_judged() -> None:
+    assert RUNNING == 600
+    assert step(RUNS, 8, running_for=120) == 300
+    assert step(RUNS, 9, running_for=420) == 180  # half an hour by the schedule: the bound comes first
+    assert step(RUNS, 10, running_for=600) == Dead("it runs; this was the last attempt")
+    assert step(RUNS, 10, running_for=600, ambiguous=True) == Delivered()
+
+
+def test_an_execution_that_still_runs_at_the_end_of_the_schedule_is_judged_there() -> None:
+    assert step(RUNS, 13, running_for=5) == Dead("it runs; this was the last attempt")
+    assert step(RUNS, 13, running_for=5, ambiguous=True) == Delivered()
+
+
+@settings(deadline=None)
+@given(st.integers(1, 12), st.floats(0, 1e6), st.floats(0, 1))
+def test_jitter_never_brings_an_attempt_before_its_retry_after(attempt: int, retry_after: float, dice: float) -> None:
+    planned = SCHEDULE[attempt]
+    delay = next_delay(attempt, retry_after, SCHEDULE, dice)
+
+    assert delay is not None and min(retry_after, 2 * planned) <= delay <= 2 * planned
 
 
 def test_retry_after_is_handed_on_with_a_status_that_carries_it() -> None:

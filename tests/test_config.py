@@ -66,7 +66,9 @@ def test_production_starts_with_its_three_demands_and_sensible_defaults() -> Non
     assert (config.session_ttl_seconds, config.replay_seconds, config.lease_seconds) == (60, 1800, 15)
     assert (config.heartbeat_seconds, config.max_stream_seconds, config.drain_seconds) == (15, 600, 120)
     assert (config.max_viewers_per_session, config.max_body_bytes, config.max_answer_bytes) == (10, 256 * 1024, 2 * 2**20)
-    assert (config.log_level, config.log_format, config.callback_secret) == ("info", "auto", b"")
+    assert (config.log_level, config.log_format, config.metrics_token) == ("info", "auto", "")
+    assert (config.callback_secret, config.callback_secret_previous, config.callback_headers) == (b"", b"", ())
+    assert (config.callback_concurrency, config.resume_url_rewrite) == (20, ())
 
 
 def test_an_empty_variable_is_an_unset_one() -> None:
@@ -86,7 +88,72 @@ def test_what_is_owed_is_kept_for_a_day_or_longer_than_its_schedule() -> None:
     assert production(CALLBACK_SCHEDULE="0,86400,86400").keep_seconds == 2.5 * 2 * 86_400
 
 
+def test_an_origin_is_rewritten_to_another() -> None:
+    config = production(RESUME_URL_REWRITE="HTTP://LocalHost:5678=http://n8n:5678, https://n8n.test=http://[::1]:5678/,")
+
+    assert config.resume_url_rewrite == (("http://localhost:5678", "http://n8n:5678"), ("https://n8n.test", "http://[::1]:5678"))
+
+
+@pytest.mark.parametrize(
+    ("value", "headers"),
+    [
+        ("X-Aistream-Key: a-secret", (("X-Aistream-Key", "a-secret"),)),
+        ("Authorization: Bearer a:b, c", (("Authorization", "Bearer a:b, c"),)),
+        ('{"X-One": "1", "X-Two": "{}"}', (("X-One", "1"), ("X-Two", "{}"))),
+        ("{}", ()),
+    ],
+)
+def test_callback_headers_are_one_line_or_a_json_object(value: str, headers: tuple[tuple[str, str], ...]) -> None:
+    assert production(CALLBACK_HEADERS=value).callback_headers == headers
+
+
+HEADERS = 'one header such as X-Aistream-Key: a-secret, or several as {"X-Aistream-Key": "a-secret", "X-Other": "…"}'
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("a-secret", HEADERS),
+        ("X Key: a", HEADERS),
+        ("X-Key:", HEADERS),
+        (": a", HEADERS),
+        ("X-Key: é", HEADERS),
+        ('{"X-Key": 1}', HEADERS),
+        ('{"X-Key": " a"}', HEADERS),
+        ('{"X-Key": "a\\nX-Other: b"}', HEADERS),
+        ('{"X-Key"', HEADERS),
+        ('{"X-Key": "a", "x-key": "b"}', "each header once"),
+        ("Content-Length: 5", "headers of your own: Content-Length is set by the service"),
+        ("host: n8n", "headers of your own: host is set by the service"),
+        ("Webhook-Id: 1", "headers of your own: Webhook-Id is set by the service"),
+    ],
+)
+def test_callback_headers_that_cannot_be_sent_are_refused_and_not_shown(value: str, expected: str) -> None:
+    assert faults({**PRODUCTION, "CALLBACK_HEADERS": value}) == [
+        f"CALLBACK_HEADERS has a value that cannot be used: expected {expected}"
+    ]
+
+
+def test_a_callback_that_n8n_would_refuse_for_its_size_cannot_be_configured() -> None:
+    assert production(MAX_BODY_BYTES=str(3 * 2**20)).max_body_bytes == 3 * 2**20
+    assert production(MAX_BODY_BYTES=str(9 * 2**20), MAX_ANSWER_BYTES=str(2**20)).max_answer_bytes == 2**20
+    assert faults({**PRODUCTION, "MAX_BODY_BYTES": "4000000"}) == [
+        "MAX_BODY_BYTES is 4000000: expected at most 3145728 beside MAX_ANSWER_BYTES, or n8n refuses a callback for its size"
+    ]
+
+
+def test_a_previous_callback_secret_needs_its_successor() -> None:
+    secret = "whsec_" + "aGlkZGVu" * 5
+
+    assert faults({**PRODUCTION, "CALLBACK_SECRET_PREVIOUS": secret}) == [
+        "CALLBACK_SECRET_PREVIOUS is set alone: expected CALLBACK_SECRET beside it"
+    ]
+    assert production(CALLBACK_SECRET_PREVIOUS=secret, CALLBACK_SECRET=secret).callback_secret_previous == b"hidden" * 5
+
+
 # ---- Faults ----
+
+REWRITES = "FROM=TO separated by commas, both exact origins, such as http://localhost:5678=http://n8n:5678"
 
 DELAYS = "seconds before each attempt separated by commas, each from 0 to 86400"
 
@@ -114,6 +181,16 @@ DELAYS = "seconds before each attempt separated by commas, each from 0 to 86400"
         ("CALLBACK_SCHEDULE", "0,", f"is '0,': expected {DELAYS}"),
         ("CALLBACK_SCHEDULE", "86401", f"is '86401': expected {DELAYS}"),
         ("CALLBACK_SCHEDULE", ",".join("0" * 51), f"is '{','.join('0' * 51)}': expected at most 50 attempts"),
+        ("CALLBACK_CONCURRENCY", "0", "is '0': expected a whole number from 1 to 200"),
+        ("RESUME_URL_REWRITE", "http://a", f"is 'http://a': expected {REWRITES}"),
+        ("RESUME_URL_REWRITE", "http://a=b", f"is 'http://a=b': expected {REWRITES}"),
+        ("RESUME_URL_REWRITE", "http://a=http://b/x", f"is 'http://a=http://b/x': expected {REWRITES}"),
+        ("RESUME_URL_REWRITE", "http://*=http://b", f"is 'http://*=http://b': expected {REWRITES}"),
+        (
+            "RESUME_URL_REWRITE",
+            "http://a=http://b,http://A=http://c",
+            "is 'http://a=http://b,http://A=http://c': expected each origin rewritten once",
+        ),
         ("OPENAI_BASE_URL", "api.openai.com", "is 'api.openai.com': expected a full URL such as https://ai.example.com"),
         ("ANTHROPIC_BASE_URL", "ftp://a.test", "is 'ftp://a.test': expected a full URL such as https://ai.example.com"),
         ("BASE_URL", "ai.test", "is 'ai.test': expected a full URL such as https://ai.example.com"),
@@ -148,6 +225,7 @@ WHSEC = "whsec_ followed by 24 to 64 random bytes in base64 (Standard Webhooks)"
             "a random secret, not a PEM key: HMAC with a public key lets everybody sign",
         ),
         ("CALLBACK_SECRET", "kept-private", WHSEC),
+        ("METRICS_TOKEN", "kept-private", "at least 16 random characters without spaces, for example from: openssl rand -hex 32"),
         ("CALLBACK_SECRET", "whsec_a2VwdC1wcml2YXRl", WHSEC),
         ("REDIS_URL", "http://:kept-private@redis:6379", "redis://, rediss:// or unix://, or memory:// for the embedded store"),
     ],

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,44 +20,14 @@ from hypothesis import strategies as st
 from werkzeug.test import TestResponse
 
 from aistream import __version__
-from aistream.api import Parts
-from aistream.app import create_app
 from aistream.session import Message, Request
-from tests.conftest import make_config, missing
+from tests.conftest import MakeClient, missing, parts_of
 from tests.neighbours.receiver import Receiver
 from tests.service import Service, n8n_token, wait_until
 
 #: Stands in whatever must not come back in an answer to a bad request.
 PRIVATE = "xPRIVATEx"
 RESUME_URL = "http://n8n.test:5678/webhook-waiting/1?signature=ab"
-MakeClient = Callable[..., FlaskClient]
-
-
-@pytest.fixture
-def make_client() -> Iterator[MakeClient]:
-    """Builds clients of apps with these variables on top of a DEV_MODE configuration; their loops end with the test."""
-    clients: list[FlaskClient] = []
-
-    def make(**environ: str) -> FlaskClient:
-        clients.append(create_app(make_config(**environ)).test_client())
-        return clients[-1]
-
-    yield make
-    for client in clients:
-        parts_of(client).background.stop()
-
-
-@pytest.fixture
-def client(make_client: MakeClient) -> FlaskClient:
-    """A client of an app in DEV_MODE, with the echo provider alone."""
-    return make_client()
-
-
-def parts_of(client: FlaskClient) -> Parts:
-    """What the client's app works with."""
-    parts = client.application.extensions["aistream"]
-    assert isinstance(parts, Parts)
-    return parts
 
 
 def asked(**body: Any) -> dict[str, Any]:
@@ -592,6 +562,70 @@ def test_no_damage_to_a_good_body_is_an_accident(client: FlaskClient, start: int
     body = json.dumps(asked(messages=[{"role": "user", "content": "ü"}], metadata={"a": [1.5]}, stop=["\n"])).encode()
 
     assert_no_accident(send(client, body[:start] + put + body[start + length :]))
+
+
+# ---- Idempotency-Key ----
+
+
+def again(client: FlaskClient, key: str, **body: Any) -> TestResponse:
+    """Asks for a stream with an Idempotency-Key."""
+    return client.post("/init-stream", json=asked(**body), headers={"Idempotency-Key": key})
+
+
+def test_the_same_key_and_body_give_the_same_stream_with_a_fresh_token(client: FlaskClient) -> None:
+    first = again(client, "execution-7", n8nToken=n8n_token(exp=int(time.time()) + 100), metadata={"a": 1, "b": [2]})
+    time.sleep(1.1)  # a token made in the same second is the same token
+    second = again(client, "execution-7", n8nToken=n8n_token(exp=int(time.time()) + 200), metadata={"b": [2], "a": 1})
+
+    one, two = accepted(first), accepted(second)
+    assert (one["streamId"], one["expiresAt"]) == (two["streamId"], two["expiresAt"])
+    assert one["streamUrl"] != two["streamUrl"] and one["streamUrl"].split("?")[0] == two["streamUrl"].split("?")[0]
+    assert ("Idempotent-Replayed" in first.headers, second.headers["Idempotent-Replayed"]) == (False, "true")
+
+
+@pytest.mark.parametrize("change", [{"prompt": "Other"}, {"resumeUrl": RESUME_URL + "c"}, {"chatId": 1}, {"unknown": True}])
+def test_the_same_key_with_another_body_is_refused_and_changes_nothing(client: FlaskClient, change: dict[str, Any]) -> None:
+    first = accepted(again(client, "k"))
+
+    refused = again(client, "k", **change)
+
+    body = problem(refused, 422, "idempotency_key_reused")
+    assert "needs a key of its own" in body["detail"]
+    assert accepted(again(client, "k"))["streamId"] == first["streamId"]
+
+
+def test_a_key_belongs_to_the_subject_that_used_it(client: FlaskClient) -> None:
+    ids = {accepted(again(client, "k", n8nToken=n8n_token(sub=sub)))["streamId"] for sub in ("a", "b", "b", "")}
+
+    assert len(ids) == 3
+
+
+def test_without_a_key_and_with_other_keys_every_init_is_a_new_stream(client: FlaskClient) -> None:
+    answers = [init(client), init(client), again(client, "a"), again(client, "b"), again(client, "A")]
+
+    assert len({accepted(answer)["streamId"] for answer in answers}) == 5
+
+
+def test_a_key_that_came_back_with_an_ended_stream_gives_that_stream(client: FlaskClient) -> None:
+    first = accepted(again(client, "k", model="echo"))
+    watched = client.get(first["streamUrl"]).text
+
+    second = accepted(again(client, "k", model="echo"))
+
+    assert client.get(second["streamUrl"]).text == watched and "[DONE]" in watched
+
+
+@pytest.mark.parametrize("key", ["", " ", "a" * 256, "é", "a\tb", " a"])
+def test_a_key_that_cannot_be_used_is_named(client: FlaskClient, key: str) -> None:
+    refused = client.post("/init-stream", json=asked(), environ_overrides={"HTTP_IDEMPOTENCY_KEY": key})
+
+    assert named(refused) == {"Idempotency-Key": "expected 1 to 255 visible ASCII characters, such as a UUID"}
+
+
+def test_a_refused_init_leaves_its_key_free(client: FlaskClient) -> None:
+    problem(again(client, "k", prompt=""), 400, "invalid_request")
+
+    accepted(again(client, "k", prompt="Hello"))
 
 
 # ---- resumeUrl ----

@@ -13,9 +13,11 @@ from tests.service import ROOT
 
 #: From the top to the bottom. A module imports from the lines below its own, and nothing else of the package.
 ORDER = """
+    __main__
+    cli
     app  worker
     api.demo
-    api.init  api.stream  api.health
+    api.init  api.stream  api.health  api.operator
     api
     background
     viewing  delivery  generation
@@ -25,7 +27,7 @@ ORDER = """
     connections  pulse
     providers.openai  providers.anthropic  providers.echo
     providers.wire  providers.base
-    callback  telemetry
+    callback  telemetry  destination
     environment
     tokens
     session
@@ -37,7 +39,7 @@ ORDER = """
 #: Who may import from its own line: a viewer in this process reads what the generation here writes.
 BESIDE = {"viewing": {"generation"}}
 
-PURE = ["config", "session", "events", "sse", "tokens", "callback", "errors"]
+PURE = ["config", "session", "events", "sse", "tokens", "callback", "destination", "errors"]
 #: What a pure module has no business with: the network, other processes, the disk, chance and the clock.
 IMPURE = """
     anthropic asyncio fakeredis flask flask_cors gevent greenlet gunicorn http httpx2 logging multiprocessing openai os pathlib
@@ -59,6 +61,8 @@ ONLY = {
     "gunicorn": ["worker"],
     "dotenv": ["environment"],
     "structlog": ["telemetry"],
+    "prometheus_client": ["telemetry"],
+    "rich": ["cli"],
 }
 
 

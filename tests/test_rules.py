@@ -16,7 +16,7 @@ from aistream.log import Log
 from aistream.pulse import Pulse
 from aistream.recall import Recall, Told
 from aistream.session import CANCELLED, Claimed, Elsewhere, Ended, Finished, Missing, Outcome, Request, Short, State
-from aistream.store import NOTICED, Holding, Store
+from aistream.store import NO_PLACES, NOTICED, Holding, Store
 from aistream.viewing import Viewer
 from aistream.writer import LogWriter, Storing
 from tests.conftest import make_config
@@ -70,13 +70,13 @@ def empty(store: Store) -> None:
 def test_after_an_outage_no_healthy_session_is_taken_for_lost(make_store: MakeStore, session_id: str) -> None:
     owner, other = make_store("owner", **LEASE), make_store("other", **LEASE)
     claim(owner, session_id)
-    other.due(callbacks=0)
+    other.due(NO_PLACES)
 
     gevent.sleep(2.2)  # nobody can ask: the lease lapses, and it is nobody's fault
-    first_look = other.due(callbacks=0)
+    first_look = other.due(NO_PLACES)
     renewed = owner.renew({session_id: Holding(1, 1)})
     gevent.sleep(0.5)
-    later = other.due(callbacks=0)
+    later = other.due(NO_PLACES)
 
     assert (first_look.due, renewed, later.due) == ([], {session_id: "owner"}, [])
 
@@ -89,16 +89,16 @@ def test_of_two_workers_that_find_a_lapsed_lease_one_gets_it_and_with_a_lease_of
 ) -> None:
     lost, one, other = (make_store(name, **LEASE) for name in ("lost", "one", "other"))
     claim(lost, session_id)
-    one.due(callbacks=0)
+    one.due(NO_PLACES)
     gevent.sleep(1.05)
 
-    due = one.due(callbacks=0), other.due(callbacks=0)
+    due = one.due(NO_PLACES), other.due(NO_PLACES)
     first, second = one.claim(session_id, "recover"), other.claim(session_id, "recover")
 
-    assert [look.due for look in due] == [[(session_id, State.RUNNING)]] * 2  # looking takes nothing
+    assert [look.due for look in due] == [[(session_id, State.RUNNING, "")]] * 2  # looking takes nothing
     assert isinstance(first, Claimed) and second == Elsewhere("one")
     assert one.renew({session_id: Holding(2, 1)}) == {session_id: "owner"}
-    assert one.due(callbacks=0).due == []
+    assert one.due(NO_PLACES).due == []
 
 
 def test_a_claim_whose_answer_was_lost_is_known_again_and_starts_nothing_twice(make_store: MakeStore, session_id: str) -> None:
@@ -232,13 +232,13 @@ def test_a_hole_in_the_ticks_is_a_doubt_until_a_renewal_that_began_after_it() ->
 def test_an_emptied_store_is_noticed_and_so_is_one_that_went_back(make_store: MakeStore) -> None:
     store = make_store()
     other = make_store("other")
-    looks = [store.due(callbacks=0).lost, other.due(callbacks=0).lost, store.due(callbacks=0).lost]
+    looks = [store.due(NO_PLACES).lost, other.due(NO_PLACES).lost, store.due(NO_PLACES).lost]
 
     empty(store)
-    emptied = store.due(callbacks=0).lost
-    again = store.due(callbacks=0).lost
+    emptied = store.due(NO_PLACES).lost
+    again = store.due(NO_PLACES).lost
     store.connections.call("HINCRBY", "aistream:{0}:tick", "looks", -2)
-    went_back = store.due(callbacks=0).lost
+    went_back = store.due(NO_PLACES).lost
 
     assert (looks, emptied, again, went_back) == ([True, False, False], True, False, True)
 
@@ -384,7 +384,7 @@ def test_the_memory_is_bounded_and_keeps_what_is_owed_the_longest(make_store: Ma
 @pytest.mark.parametrize("store_url", ["redis"], indirect=True)
 def test_in_a_young_store_a_missing_session_may_still_come_back(make_store: MakeStore, session_id: str) -> None:
     store = make_store(**LEASE)
-    store.due(callbacks=0)
+    store.due(NO_PLACES)
 
     young = store.claim(session_id)
     gevent.sleep(2 * (1 + NOTICED) + 0.05)
@@ -475,10 +475,10 @@ def test_a_pending_session_that_is_stopped_is_due_at_once_and_runs_no_more(make_
     store.create(session_id, "n8n", ASKED, "http://n8n/w")
 
     found = store.cancel(session_id)
-    due = store.due(callbacks=0).due
+    due = store.due(NO_PLACES).due
     ended = store.finish(session_id, 0, 0, 0, Failed("expired", "m", False), "", DONE)
 
-    assert (found, due) == (State.PENDING, [(session_id, State.PENDING)])
+    assert (found, due) == (State.PENDING, [(session_id, State.PENDING, "")])
     assert ended == Finished(Cursor(1, 0), State.CANCELLED)
     assert store.read({session_id: None})[session_id] == [(Cursor(1, 0), CANCELLED)]
     assert store.cancel(session_id) is State.CANCELLED

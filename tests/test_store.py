@@ -9,7 +9,7 @@ import pytest
 from aistream.errors import StoreUnavailable
 from aistream.events import Cursor, End, Failed, Reasoning, Start, Text, Usage
 from aistream.session import EXPIRED, Claimed, Elsewhere, Ended, Fenced, Finished, Missing, Outcome, Request, Short, State
-from aistream.store import Holding, Store
+from aistream.store import NO_PLACES, Holding, Places, Store
 from tests.conftest import make_config
 
 MakeStore = Callable[..., Store]
@@ -18,6 +18,9 @@ ASKED = Request(
     prompt="Héllo\n\0", requested_model="gpt-4", model="gpt-4", provider="openai", max_tokens=5, user_id=7, metadata={"a": [1.5]}
 )
 DONE = Outcome(End("stop"), "gpt-4-0613", Usage(3, 4), first_token_ms=5)
+
+#: Places for callbacks.
+ROOM = Places(10, 10, {})
 
 
 def create(store: Store, session_id: str) -> None:
@@ -40,12 +43,12 @@ def test_a_created_session_is_due_after_its_time_and_not_before(make_store: Make
     store = make_store(SESSION_TTL_SECONDS="1")
 
     accepted = store.create(session_id, "n8n", ASKED, "http://n8n/w")
-    at_once = store.due(callbacks=10).due
+    at_once = store.due(ROOM).due
 
     assert accepted.deadline - accepted.created_at == 1000
     assert at_once == []
     gevent.sleep(1.05)
-    assert store.due(callbacks=10).due == [(session_id, State.PENDING)]
+    assert store.due(ROOM).due == [(session_id, State.PENDING, "")]
 
 
 def test_creating_a_session_again_changes_nothing(make_store: MakeStore, session_id: str) -> None:
@@ -174,15 +177,15 @@ def test_an_ended_session_owes_one_callback_with_everything_in_it(make_store: Ma
     store = make_store()
     ended(store, session_id, answer="ans\0wér")
 
-    due = store.due(callbacks=10).due
+    due = store.due(ROOM).due
     taken = store.take_callback(session_id)
 
-    assert due == [(session_id, State.COMPLETED)]
+    assert due == [(session_id, State.COMPLETED, "http://n8n")]
     assert taken is not None and (taken.attempt, taken.ambiguous) == (1, False)
     assert (taken.session.request, taken.session.answer, taken.session.outcome) == (ASKED, "ans\0wér", DONE)
     assert taken.session.resume_url == "http://n8n/w?signature=ab"
     assert store.take_callback(session_id) is None
-    assert store.due(callbacks=10).due == []
+    assert store.due(ROOM).due == []
 
 
 def test_a_callback_is_tried_again_after_its_delay_and_counts_its_attempts(make_store: MakeStore, session_id: str) -> None:
@@ -220,7 +223,7 @@ def test_delivered_wins_over_a_late_word_and_a_late_word_over_nothing(make_store
     assert store.settle(session_id, 9, "dead") is False
     assert store.settle(session_id, 1, "delivered") is True
     assert store.settle(session_id, 1, "retry") is False
-    assert store.due(callbacks=10).due == []
+    assert store.due(ROOM).due == []
 
 
 def test_after_delivery_the_content_goes_with_the_replay_and_a_tombstone_stays(make_store: MakeStore, session_id: str) -> None:
@@ -271,9 +274,9 @@ def test_no_more_callbacks_are_given_than_there_are_places(make_store: MakeStore
     create(store, "pending")
     gevent.sleep(1.05)
 
-    due = store.due(callbacks=2).due
+    due = store.due(Places(2, 2, {})).due
 
-    assert [state for _, state in due] == [State.COMPLETED, State.COMPLETED, State.PENDING]
+    assert [state for _, state, _ in due] == [State.PENDING, State.COMPLETED, State.COMPLETED]
 
 
 def test_after_a_silence_running_sessions_get_one_lease_to_renew_first(make_store: MakeStore, session_id: str) -> None:
@@ -281,14 +284,14 @@ def test_after_a_silence_running_sessions_get_one_lease_to_renew_first(make_stor
     running(store, session_id)
     gevent.sleep(1.05)
 
-    first_look = store.due(callbacks=0).due
+    first_look = store.due(NO_PLACES).due
     gevent.sleep(0.5)
-    during_calm = store.due(callbacks=0).due
+    during_calm = store.due(NO_PLACES).due
     gevent.sleep(0.6)
-    after_calm = store.due(callbacks=0).due
+    after_calm = store.due(NO_PLACES).due
 
     assert (first_look, during_calm) == ([], [])
-    assert after_calm == [(session_id, State.RUNNING)]
+    assert after_calm == [(session_id, State.RUNNING, "")]
 
 
 def test_nothing_private_stands_in_the_session_hash(make_store: MakeStore, session_id: str) -> None:

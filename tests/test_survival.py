@@ -460,6 +460,20 @@ def test_a_session_that_waits_for_its_viewer_survives_a_redis_that_starts_empty(
     assert len(provider.requests(model)) == 1
 
 
+def test_a_worker_that_leaves_tells_an_empty_redis_first_what_it_alone_knows(
+    start_services: Callable[..., list[Service]], redis: RedisServer, n8n: Receiver
+) -> None:
+    leaving, staying = start_services(2, REDIS_URL=redis.url, SESSION_TTL_SECONDS="4", **LEASE)
+    leaving.stream_url(model="echo", resumeUrl=n8n.url())
+
+    redis.empty()
+    leaving.stop()  # it has nothing else to do
+
+    (callback,) = n8n.wait_for(1, timeout=10)
+    assert callback.json["status"] == "expired"
+    assert leaving.lines("store.lost_writes") and staying.lines("callback.attempted")
+
+
 def test_a_callback_that_is_owed_survives_a_redis_that_starts_empty(
     start_service: StartService, redis: RedisServer, provider: ProviderServer, n8n: Receiver
 ) -> None:

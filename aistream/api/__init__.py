@@ -14,6 +14,8 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from aistream.background import Background
 from aistream.config import LOOPBACK_ORIGIN, Config
+from aistream.delivery import Delivery
+from aistream.destination import Destinations
 from aistream.errors import Problem
 from aistream.generation import Generations
 from aistream.providers import Providers
@@ -36,8 +38,10 @@ class Parts:
     store: Store
     providers: Providers
     tokens: Tokens
+    destinations: Destinations
     generations: Generations
     viewing: Viewing
+    delivery: Delivery
     background: Background
 
 

@@ -63,7 +63,7 @@ def start() -> Response:
     body: dict[str, Any] = {name: asked[name] for name in ("prompt", "model", "format") if name in asked}
     body |= {"resumeUrl": f"{origin}/{path}", "userId": "demo", "chatId": "demo"}
     token = parts().tokens.sign_caller("demo", int(time.time()) + 300)
-    answer = accept(body, parts().tokens.verify_caller(token))
+    answer, _ = accept(body, parts().tokens.verify_caller(token))
     shown = json.dumps({"n8nToken": token, **body}, ensure_ascii=False)
     curl = f"curl -X POST {origin}/init-stream -H 'Content-Type: application/json' -d {shlex.quote(shown)}"
     return json_response({**answer, "callbackPath": path, "curl": curl})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 import time
 import uuid
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 import pydantic_core
 from flask import Blueprint, Response, request
@@ -17,9 +18,9 @@ from werkzeug.exceptions import RequestEntityTooLarge
 
 from aistream.api import bearer, json_response, parts
 from aistream.callback import timestamp
-from aistream.config import Config, origin_of
-from aistream.errors import Fault, InvalidRequest, Problem
-from aistream.session import Message, Request
+from aistream.config import Config
+from aistream.errors import DestinationRefused, Fault, InvalidRequest, Problem
+from aistream.session import IdempotencyKey, Message, Request
 from aistream.tokens import Caller
 
 bp = Blueprint("init", __name__)
@@ -27,6 +28,8 @@ bp = Blueprint("init", __name__)
 MAX_MESSAGES = 200
 MAX_METADATA_CHARS = 16_384
 MAX_URL_CHARS = 2_048
+#: As long as Stripe's.
+MAX_KEY_CHARS = 255
 #: Seconds without a viewer after which `"onDisconnect": "cancel"` cancels: a reload, or a tunnel, is no farewell.
 DISCONNECT_GRACE = 30.0
 
@@ -79,11 +82,30 @@ class InitRequest(BaseModel):
 
 @bp.post("/init-stream")
 def init_stream() -> Response:
-    """Creates a session and answers with its stream's address."""
+    """Creates a session and answers with its stream's address; with an Idempotency-Key that was used before, the same again."""
     body = read_body(request.get_data(cache=False))
     # Who asks is settled before what is asked: the faults of a body are told to callers only.
     caller = parts().tokens.verify_caller(_token(body))
-    return json_response(accept(body, caller))
+    answer, replayed = accept(body, caller, _key(body, caller))
+    response = json_response(answer)
+    if replayed:
+        response.headers["Idempotent-Replayed"] = "true"
+    return response
+
+
+def _key(body: dict[str, Any], caller: Caller) -> IdempotencyKey | None:
+    """The Idempotency-Key of this request, if it has one: scoped to the caller, and bound to all of the body but the token."""
+    given = request.headers.get("Idempotency-Key")
+    if given is None:
+        return None
+    if not re.fullmatch(rf"[!-~](?:[ -~]{{0,{MAX_KEY_CHARS - 2}}}[!-~])?", given):
+        fault = Fault("Idempotency-Key", f"expected 1 to {MAX_KEY_CHARS} visible ASCII characters, such as a UUID")
+        raise InvalidRequest(f"{fault.field}: {fault.message}.", faults=[fault])
+    asked = {name: value for name, value in body.items() if name != "n8nToken"}
+    return IdempotencyKey(
+        name=hashlib.sha256(json.dumps([caller.subject, given]).encode()).hexdigest(),
+        body=hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest(),
+    )
 
 
 def read_body(raw: bytes) -> dict[str, Any]:
@@ -122,19 +144,30 @@ def _token(body: dict[str, Any]) -> str | None:
     return inside if isinstance(inside, str) else None
 
 
-def accept(body: dict[str, Any], caller: Caller) -> dict[str, Any]:
-    """Checks what is asked, stores the session, and gives the answer to init. Raises InvalidRequest and StoreUnavailable."""
+def accept(body: dict[str, Any], caller: Caller, key: IdempotencyKey | None = None) -> tuple[dict[str, Any], bool]:
+    """Checks what is asked, stores the session, and gives the answer to init, and whether `key` had begun it before.
+
+    Raises InvalidRequest, StoreUnavailable, and a 422 where `key` was used for another body.
+    """
     config = parts().config
     asked = _checked(body, config)
     asked_of_model = _request(asked, config)
-    session_id = str(uuid.uuid4())
-    accepted = parts().generations.accept(session_id, caller.subject, asked_of_model, asked.resumeUrl)
+    fresh_id = str(uuid.uuid4())
+    accepted = parts().generations.accept(fresh_id, caller.subject, asked_of_model, asked.resumeUrl, key)
+    if accepted is None:
+        raise Problem(
+            "This Idempotency-Key was used for another request: a new request needs a key of its own.",
+            status=422,
+            code="idempotency_key_reused",
+            title="The Idempotency-Key belongs to another request",
+        )
+    session_id = accepted.id
     # As long as the session can be watched: a reconnect with the same URL must find its token good.
     expires_at = math.ceil(
         time.time() + config.session_ttl_seconds + config.max_stream_seconds + config.keep_seconds + config.replay_seconds
     )
     token = parts().tokens.sign_viewer(session_id, expires_at)
-    return {
+    answer = {
         "ok": True,
         "streamUrl": f"{config.base_url}/stream/{session_id}?access_token={token}"
         + ("&format=json" if asked.format == "json" else ""),
@@ -150,6 +183,7 @@ def accept(body: dict[str, Any], caller: Caller) -> dict[str, Any]:
             ),
         ],
     }
+    return answer, session_id != fresh_id
 
 
 def _request(asked: InitRequest, config: Config) -> Request:
@@ -216,9 +250,10 @@ def _further(body: dict[str, Any], config: Config) -> Iterator[Fault]:
         elif not _finite(written):
             yield Fault("metadata", "has a number beyond all bounds: expected finite numbers")
     if isinstance(url, str) and url:
-        expected = _resume_url_fault(url, config)
-        if expected:
-            yield Fault("resumeUrl", expected)
+        try:
+            parts().destinations.of(url)
+        except DestinationRefused as refused:
+            yield Fault("resumeUrl", str(refused))
 
 
 def _finite(written: bytes) -> bool:
@@ -234,22 +269,6 @@ def _history(body: dict[str, Any]) -> Iterator[str]:
     turns = body.get("messages")
     contents = [turn.get("content") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
     return (text for text in [body.get("system"), *contents] if isinstance(text, str))
-
-
-def _resume_url_fault(url: str, config: Config) -> str | None:
-    try:
-        parts_ = urlsplit(url)
-        origin = origin_of(url)
-        (parts_.hostname or "").encode("idna")  # as the resolver will: an empty or overlong label is a ValueError
-    except ValueError:
-        return "is not an http URL: expected n8n's $execution.resumeUrl"
-    if not url.isascii() or any(c <= " " or c == "\x7f" or c == "\\" for c in url):
-        return "has characters that no URL may have: expected n8n's $execution.resumeUrl as it is"
-    if "@" in parts_.netloc or "#" in url:
-        return "has a user name or a fragment: expected n8n's $execution.resumeUrl as it is"
-    if (config.resume_url_allowed_origins or not config.dev_mode) and origin not in config.resume_url_allowed_origins:
-        return f"has the origin {origin}, which is not among RESUME_URL_ALLOWED_ORIGINS of the service's configuration"
-    return None
 
 
 #: pydantic's name of a fault -> what was expected; where it is missing pydantic's own sentence is good enough.

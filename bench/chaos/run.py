@@ -144,10 +144,11 @@ class Run:
                 kind = client.type(key)
                 if kind not in (b"zset", b"none") and client.ttl(key) == -1:
                     found.append(f"key without a time to live: {key!r}")
-            members: Any = client.zrange("aistream:{0}:deadlines", 0, -1)
-            for member in members:
-                if not client.exists(b"aistream:{0}:session:" + member):
-                    found.append(f"deadline without a session: {member!r}")
+            for name in ("deadlines", "owed"):
+                members: Any = client.zrange("aistream:{0}:" + name, 0, -1)
+                for member in members:
+                    if not client.exists(b"aistream:{0}:session:" + member):
+                        found.append(f"{name} without a session: {member!r}")
         until = time.monotonic() + 10
         while (count := self.provider.open_streams()) and time.monotonic() < until:
             gevent.sleep(0.1)
@@ -165,7 +166,7 @@ class Run:
 
     def _nothing_is_due(self) -> bool:
         with contextlib.closing(self.redis.client()) as client:
-            return not client.zcard("aistream:{0}:deadlines")
+            return not client.zcard("aistream:{0}:deadlines") and not client.zcard("aistream:{0}:owed")
 
     def _only_the_unsaved_are_missing(self, got: set[str]) -> bool:
         missing = [session for session in self.sessions if session.accepted and session.path not in got]

@@ -38,12 +38,13 @@ class Received:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An HTTP answer, after `delay` seconds."""
+    """An HTTP answer, after `delay` seconds; with `drip`, so many seconds between each two bytes of the body."""
 
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=lambda: {"Content-Type": "application/json; charset=utf-8"})
     body: str | bytes = '{"message":"Workflow was started"}'
     delay: float = 0.0
+    drip: float = 0.0
 
 
 class Behaviour(Enum):
@@ -163,7 +164,13 @@ class Receiver:
         answer = Answer(*reaction) if isinstance(reaction, tuple) else reaction
         connection.pause(answer.delay)
         body = answer.body.encode() if isinstance(answer.body, str) else answer.body
-        connection.reply(answer.status, answer.headers.items(), body)
+        if not answer.drip:
+            connection.reply(answer.status, answer.headers.items(), body)
+            return
+        connection.head(answer.status, [*answer.headers.items(), ("Content-Length", str(len(body)))])
+        for byte in body:
+            connection.send(bytes([byte]))
+            connection.pause(answer.drip)
 
     def _next(self, received: Received) -> Reaction:
         script = self._scripts.get(received.path) or self._scripts.get(None)

@@ -1,0 +1,117 @@
+"""What became of a session and of its callback, for workflows and for people; and the metrics.
+
+With n8n's own token in the header: a token's `sub` sees what it started, and nothing else exists for it.
+"""
+
+from __future__ import annotations
+
+import hmac
+import re
+import uuid
+from typing import Any
+
+from flask import Blueprint, Response, request
+
+from aistream.api import bearer, json_response, parts
+from aistream.callback import description
+from aistream.errors import Conflict, Fault, InvalidRequest, NotFound, Unauthorized
+from aistream.store import Redelivery
+from aistream.telemetry import exposition
+from aistream.telemetry import log as lines
+from aistream.tokens import Caller
+
+bp = Blueprint("operator", __name__)
+
+#: Most callbacks of one page.
+MAX_LIMIT = 1_000
+_AFTER = re.compile(r"([0-9]{1,15})-([0-9a-f-]{36})")
+
+_NOT_REDELIVERED: dict[Redelivery, tuple[str, str]] = {
+    "not_ended": ("not_ended", "The session has not ended yet: its callback follows the ending."),
+    "delivered": (
+        "already_delivered",
+        "The callback has been delivered. A second one could resume another Wait node of the same execution.",
+    ),
+    "gone": ("content_gone", "The answer is no longer kept, so there is nothing left to deliver."),
+}
+
+
+@bp.get("/sessions/<session_id>")
+def session(session_id: str) -> Response:
+    """State, times, tokens, and the callback with its attempts. Never prompt, answer or resumeUrl."""
+    caller = _caller()
+    record = parts().store.record(_normal(session_id))
+    if record is None or record.subject != caller.subject:
+        raise NotFound("There is no such session, or it is no longer kept.")
+    return json_response({"ok": True, **description(record)})
+
+
+@bp.get("/callbacks")
+def callbacks() -> Response:
+    """The caller's callbacks that are owed or dead, oldest first, a page at a time."""
+    caller = _caller()
+    faults = []
+    state, limit, after = request.args.get("state"), request.args.get("limit", "100"), request.args.get("after")
+    if state not in ("owed", "dead"):
+        faults.append(Fault("state", "expected owed or dead"))
+    if not re.fullmatch(r"[0-9]{1,4}", limit) or not 1 <= int(limit) <= MAX_LIMIT:
+        faults.append(Fault("limit", f"expected a whole number from 1 to {MAX_LIMIT}"))
+    cursor = _AFTER.fullmatch(after) if after else None
+    if after and not cursor:
+        faults.append(Fault("after", "expected next of the page before"))
+    if faults:
+        raise InvalidRequest("; ".join(f"{fault.field}: {fault.message}" for fault in faults) + ".", faults=faults)
+    page = parts().store.callbacks(
+        "dead" if state == "dead" else "owed",
+        caller.subject,
+        (int(cursor[1]), cursor[2]) if cursor else None,
+        int(limit),
+    )
+    found: list[dict[str, Any]] = [description(record) for record in page.callbacks]
+    return json_response({"ok": True, "callbacks": found, "next": f"{page.after[0]}-{page.after[1]}" if page.after else None})
+
+
+@bp.post("/callbacks/<session_id>/redeliver")
+def redeliver(session_id: str) -> Response:
+    """Has a dead callback, or one that is still owed, attempted now, with its whole schedule before it. Idempotent."""
+    caller = _caller()
+    session_id = _normal(session_id)
+    outcome = parts().store.redeliver(session_id, caller.subject)
+    if outcome == "missing":
+        raise NotFound("There is no such session, or it is no longer kept.")
+    if outcome in _NOT_REDELIVERED:
+        code, detail = _NOT_REDELIVERED[outcome]
+        raise Conflict(detail, code=code)
+    lines.info("callback.redelivered", session=session_id, found=outcome)
+    record = parts().store.record(session_id)
+    if record is not None and record.callback is not None:
+        parts().delivery.wake(session_id, record.callback.origin)
+    return json_response({"ok": True, "streamId": session_id, "callback": "owed"}, 202)
+
+
+@bp.get("/metrics")
+def metrics() -> Response:
+    """For Prometheus. All workers' counts, whichever of them is asked."""
+    config = parts().config
+    if not config.metrics_token and not config.dev_mode:
+        raise NotFound("Metrics are switched off: METRICS_TOKEN is not set.")
+    given = bearer() or ""
+    if config.metrics_token and not hmac.compare_digest(given.encode(), config.metrics_token.encode()):
+        code = "token_wrong_kind" if given else "token_missing"
+        raise Unauthorized("Expected METRICS_TOKEN in the header Authorization: Bearer.", code=code)
+    text, content_type = exposition(parts().store.counts())
+    response = Response(text, content_type=content_type)
+    response.headers["Cache-Control"] = "no-store"
+    return response
+
+
+def _caller() -> Caller:
+    return parts().tokens.verify_caller(bearer())
+
+
+def _normal(session_id: str) -> str:
+    """The id as we write it; raises NotFound for what is none: no other text may become part of a key."""
+    try:
+        return str(uuid.UUID(session_id))
+    except ValueError:
+        raise NotFound("There is no such session, or it is no longer kept.") from None
