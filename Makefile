@@ -3,6 +3,7 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 LOCK_ARGS ?=
+N8N_HOME ?= .n8n
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,10 +11,10 @@ MAKEFLAGS += --no-print-directory
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # `make -j test` must not run the tests beside the installation they need
-.PHONY: help run test env token lint format lock setup clean runtime dev
+.PHONY: help run test test-n8n env token lint format lock setup clean runtime dev
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' Makefile | while IFS='	' read -r target text; do \
+	@sed -n 's/^\([a-z0-9-]*\):[^#]*## /\1\t/p' Makefile | while IFS='	' read -r target text; do \
 		printf '  make %-8s %s\n' "$$target" "$$text"; done
 
 run: runtime  ## start the service for development, on http://127.0.0.1:8000 (PORT is respected)
@@ -23,6 +24,10 @@ test: dev  ## run all checks and tests, installing what they need (PYTEST_ARGS="
 	@scripts/ensure-test-tools $(VENV)
 	@$(MAKE) lint
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests $(PYTEST_ARGS)
+
+test-n8n: dev  ## run the tests against a real n8n, installed into .n8n (3 GB, 8 minutes; N8N_HOME=folder for another)
+	@scripts/ensure-n8n "$(N8N_HOME)"
+	@N8N_HOME="$(N8N_HOME)" PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/n8n $(PYTEST_ARGS)
 
 env: runtime  ## write a .env with random secrets; only the provider keys are missing
 	@$(BIN)/python -m aistream.environment
