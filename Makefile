@@ -27,6 +27,7 @@ test: dev  ## run all checks and tests, installing what they need (PYTEST_ARGS="
 
 test-n8n: dev  ## run the tests against a real n8n, installed into .n8n (3 GB, 8 minutes; N8N_HOME=folder for another)
 	@scripts/ensure-n8n "$(N8N_HOME)"
+	@PATH="$(abspath $(N8N_HOME))/node24/bin:$$PATH" scripts/check-n8n-node
 	@N8N_HOME="$(N8N_HOME)" PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/n8n $(PYTEST_ARGS)
 
 env: runtime  ## write a .env with random secrets; only the provider keys are missing

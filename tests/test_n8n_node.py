@@ -1,0 +1,67 @@
+"""Our n8n node, built from its source, and its own tests, run under Node.js against the built files.
+
+`make test-n8n` does the same with n8n's own tools, lints it, and runs it in a real n8n.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from aistream.callback import Answer as Said
+from aistream.callback import meaning
+from tests.conftest import missing
+from tests.service import ROOT
+
+PACKAGE = ROOT / "n8n" / "n8n-nodes-aistream"
+PATH = f"{sys.prefix}/bin:{os.environ['PATH']}"  # `make test` may have put Node.js into the venv
+
+
+def run(folder: Path, *command: str) -> str:
+    """Runs it; what it printed."""
+    environ = {"PATH": PATH, "HOME": str(folder)}
+    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_node_is_built_and_passes_its_own_tests(tmp_path: Path) -> None:
+    packages = Path(sys.prefix) / "npm" / "node_modules"
+    if shutil.which("node", path=PATH) is None or not packages.exists():
+        missing("Node.js with the packages of tests/tools")
+    built = tmp_path / "node"
+    shutil.copytree(PACKAGE, built, ignore=shutil.ignore_patterns("dist", "node_modules"))
+    (built / "node_modules").symlink_to(packages)
+
+    run(built, "node_modules/.bin/tsc", "--project", ".")
+    shutil.copytree(built / "icons", built / "dist" / "icons")  # as n8n's own build does
+    told = run(built, "node", "--test", "--test-reporter=tap", *sorted(str(one) for one in (built / "test").glob("*.test.mjs")))
+
+    counts = dict(re.findall(r"^# (tests|pass|fail|skipped) (\d+)$", told, re.MULTILINE))
+    assert int(counts["tests"]) > 70
+    assert (counts["pass"], counts["fail"], counts["skipped"]) == (counts["tests"], "0", "0")
+
+
+def test_the_tools_of_the_tests_are_those_that_the_package_names() -> None:
+    named = json.loads((PACKAGE / "package.json").read_text())["devDependencies"]
+    used = json.loads((ROOT / "tests" / "tools" / "package.json").read_text())["devDependencies"]
+    locked = json.loads((PACKAGE / "package-lock.json").read_text())["packages"]
+
+    for name in ("typescript", "standardwebhooks"):
+        assert used[name] == named[name]
+    for name in ("n8n-workflow", "@types/node"):
+        assert used[name] == locked[f"node_modules/{name}"]["version"]
+
+
+def test_what_the_node_answers_means_to_the_sender_what_it_is_meant_to() -> None:
+    """The statuses of `decide` and `webhook` in its sources, with `application/json`."""
+    meanings = {status: type(meaning(Said(status, "application/json", "{}"), ambiguous=True)).__name__ for status in ANSWERS}
+
+    assert meanings == ANSWERS
+
+
+#: Received before; no callback at all; not signed by us; another stream's; a wait that is over; not verified.
+ANSWERS = {200: "Delivered", 400: "Dead", 401: "Dead", 404: "Dead", 409: "Delivered", 503: "Retry"}
