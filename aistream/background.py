@@ -76,6 +76,7 @@ class Background:
                 partial(self._repeat, name, partial(gevent.sleep, period), work)
                 for name, period, work in (
                     ("renewal", config.lease_seconds / 3, generations.renew),
+                    ("attempts", config.lease_seconds / 3, delivery.hold),
                     ("stops", POLL / 2, generations.stop_cancelled),
                     ("viewers", WATCH, lambda: generations.stop_unwatched(viewing.take_watched())),
                     ("claims", POLL, generations.confirm),

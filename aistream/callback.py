@@ -115,12 +115,14 @@ def next_step(
     `attempt` counts from 1, and anew when somebody has had it delivered again. `ambiguous`: this or an earlier attempt may have
     arrived. `running_for`: seconds since n8n began to answer that the execution is running.
     """
+    last = Dead(f"{outcome.reason}; this was the last attempt")
+    if outcome.running and running_for >= RUNNING:
+        return Delivered() if ambiguous else last
     delay = next_delay(attempt, outcome.retry_after, schedule, dice)
-    if not outcome.running:
-        return Dead(f"{outcome.reason}; this was the last attempt") if delay is None else delay
-    if delay is None or running_for >= RUNNING:
-        return Delivered() if ambiguous else Dead(f"{outcome.reason}; this was the last attempt")
-    return min(delay, RUNNING - running_for)
+    if delay is None:
+        # Also where an attempt may have arrived: a letter that is kept is safer than a guess.
+        return last
+    return min(delay, RUNNING - running_for) if outcome.running else delay
 
 
 def next_delay(attempt: int, retry_after: float | None, schedule: tuple[float, ...], dice: float) -> float | None:

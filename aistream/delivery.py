@@ -30,7 +30,7 @@ from aistream.telemetry import log as lines
 
 #: Attempts at the same time per worker, to all origins. One that finds no place is taken at a later look at what is due.
 SENDERS = 200
-#: Seconds one attempt may last in all: a receiver that drips its answer is cut off. Less than the store's visibility.
+#: Seconds one attempt may last in all: a receiver that drips its answer is cut off.
 ATTEMPT = 35.0
 #: Seconds to keep saying what came of an attempt to a store that is away: after that another worker takes it again.
 SETTLE = 60.0
@@ -51,6 +51,8 @@ class Delivery:
         self._senders = Pool(SENDERS)
         #: Those of them that wait for a receiver.
         self._sending: set[Any] = set()
+        #: Attempts that are not settled yet: session id -> number.
+        self._open: dict[str, int] = {}
         #: How many places of an origin are taken.
         self._taken: Counter[str] = Counter()
         #: More was due at the last look than there were places.
@@ -84,6 +86,11 @@ class Delivery:
         self._room.wait(seconds - BREATH)
         self._room.clear()
 
+    def hold(self) -> None:
+        """Keeps what is being attempted here from other workers. Raises StoreUnavailable."""
+        if self._open:
+            self._store.hold(self._open)
+
     def give_up(self) -> int:
         """Breaks off the attempts that are still being made: another worker makes the next ones. Gives their number."""
         sending = list(self._sending)
@@ -96,12 +103,14 @@ class Delivery:
             taken = self._store.take_callback(session_id)
             if taken is not None:
                 self._recall.attempting(session_id)
+                self._open[session_id] = taken.attempt
                 self._deliver(taken)
         except StoreUnavailable:
             return  # it stays due
         except Exception as error:  # the root of this greenlet: the attempt stays open and is taken again
             lines.error("callback.broke", session=session_id, error=error)
         finally:
+            self._open.pop(session_id, None)
             self._leave(origin)
 
     def _leave(self, origin: str) -> None:

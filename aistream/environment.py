@@ -73,6 +73,7 @@ def write_env(path: Path) -> None:
     values = {
         "JWT_SECRET": secrets.token_hex(32),
         "CALLBACK_SECRET": "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode(),
+        "CALLBACK_HEADERS": "X-Aistream-Key: " + secrets.token_hex(24),
         "BASE_URL": "http://127.0.0.1:8000",
         "RESUME_URL_ALLOWED_ORIGINS": "http://localhost:5678,http://127.0.0.1:5678,http://n8n:5678",
         "ALLOWED_ORIGINS": "http://localhost:3000",

@@ -17,11 +17,13 @@ from aistream.config import Config
 from aistream.events import Ending
 from aistream.log import Log
 from aistream.session import CANCELLED, Accepted, Claimed, Finished, Outcome, State
-from aistream.store import VISIBILITY, Store, Word
+from aistream.store import Store, Word
 from aistream.telemetry import log as lines
 
 #: Seconds with a store that answers for which a settled callback is remembered: longer than a replica lags behind.
 SETTLED = 10.0
+#: Seconds for which a callback that is told again stays hidden while its attempt is under way here: longer than that may last.
+HIDDEN = 40.0
 #: Seconds that a pending session is remembered beyond its deadline: by then somebody has ended it, or no worker is alive.
 OVERDUE = 60.0
 #: Bytes of prompts and answers remembered at most; beyond that the oldest endings are forgotten first.
@@ -164,7 +166,7 @@ class Recall:
             told.ending,
             told.log.answer(),
             told.outcome,
-            callback_in=VISIBILITY if told.open or told.settled else 0,
+            callback_in=HIDDEN if told.open or told.settled else 0,
         )
 
     def _prune(self, now: float) -> None:

@@ -61,8 +61,6 @@ from aistream.session import (
 )
 
 PREFIX = "aistream:{0}:"
-#: Seconds a taken callback is hidden from other workers: more than one attempt may last (35).
-VISIBILITY = 40
 #: Seconds that the mark of an ended session outlives its content.
 TOMBSTONE = 86_400
 #: Seconds a dead letter is kept for a person.
@@ -90,7 +88,10 @@ _AWAY_ERRORS = (
 )
 _AWAY_WORDS = ("LOADING", "OOM", "READONLY", "MISCONF", "MASTERDOWN", "NOREPLICAS")
 
-_SCRIPTS = ("create", "claim", "renew", "restore", "finish", "cancel", "watched", "due", "take_callback", "settle", "redeliver")
+_SCRIPTS = (
+    *("create", "claim", "renew", "restore", "finish", "cancel", "watched", "due"),
+    *("take_callback", "hold", "settle", "redeliver"),
+)
 
 _json = msgspec.json.Encoder().encode
 _request = msgspec.json.Decoder(Request)
@@ -474,11 +475,11 @@ class Store:
         return self.connections.lost != (self._last_look[2] if self._last_look else 0)
 
     def take_callback(self, session_id: str) -> Taken | None:
-        """Takes a due callback for one attempt, or None where there is nothing to do now."""
+        """Takes a due callback for one attempt, for a lease, or None where there is nothing to do now."""
         answer = self._run(
             "take_callback",
             [_session(session_id), _content(session_id), _ORIGINS],
-            [session_id, VISIBILITY * 1000],
+            [session_id, _ms(self._config.lease_seconds)],
         )
         if answer is None:
             return None
@@ -495,6 +496,12 @@ class Store:
             ended_at=int(head["ended_at"]),
         )
         return Taken(session, attempt, ambiguous == b"1", tries, running_for / 1000, age / 1000)
+
+    def hold(self, attempts: Mapping[str, int]) -> None:
+        """Renews the leases of attempts (session id -> number) that this worker is making."""
+        keys = [_ORIGINS, *map(_session, attempts)]
+        args = [arg for session_id, attempt in attempts.items() for arg in (session_id, attempt)]
+        self._run("hold", keys, [_ms(self._config.lease_seconds), *args])
 
     def settle(
         self,

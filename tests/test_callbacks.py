@@ -139,14 +139,14 @@ def test_a_queue_forgets_a_session_that_has_run_out(make_store: MakeStore) -> No
     assert call("KEYS", "aistream:{0}:origins*") == []
 
 
-def test_attempts_are_kept_with_their_time_status_and_reason(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = make_store()
+def test_attempts_are_kept_with_their_time_status_and_reason(make_store: MakeStore) -> None:
+    store = make_store(LEASE_SECONDS="1")
     session_id = ended(store)
     first = Attempt(1, "retry", 1_795_000_000_000, 503, "n8n answered 503", 12)
     store.take_callback(session_id)
     store.settle(session_id, 1, "retry", delay=0, last_answer=first.reason, line=first)
-    monkeypatch.setattr("aistream.store.VISIBILITY", 0)
     store.take_callback(session_id)  # and its worker is lost
+    gevent.sleep(1.05)
     third = store.take_callback(session_id)
 
     assert third is not None and (third.attempt, third.tries, third.ambiguous) == (3, 3, True)
@@ -154,6 +154,36 @@ def test_attempts_are_kept_with_their_time_status_and_reason(make_store: MakeSto
     assert callback.history == [first, Attempt(2, "lost")]
     assert (callback.state, callback.attempt, callback.origin, callback.open) == ("owed", 3, ONE, True)
     assert callback.last_answer == "n8n answered 503"
+
+
+def test_an_attempt_is_hidden_for_as_long_as_its_worker_holds_it(make_store: MakeStore) -> None:
+    store = make_store(LEASE_SECONDS="1")
+    session_id = ended(store)
+    store.take_callback(session_id)
+
+    gevent.sleep(0.7)
+    store.hold({session_id: 1, "unheard-of": 1})
+    gevent.sleep(0.7)
+    held = store.take_callback(session_id)
+    store.hold({session_id: 7})  # another worker's idea of the attempt
+    gevent.sleep(0.4)
+    lapsed = store.take_callback(session_id)
+
+    assert held is None
+    assert lapsed is not None and (lapsed.attempt, lapsed.ambiguous) == (2, True)
+
+
+def test_a_settled_attempt_is_not_moved_by_a_late_hold(make_store: MakeStore) -> None:
+    store = make_store()
+    waiting, done = ended(store), ended(store)
+    for session_id in (waiting, done):
+        store.take_callback(session_id)
+    store.settle(waiting, 1, "retry", delay=0)
+    store.settle(done, 1, "delivered")
+
+    store.hold({waiting: 1, done: 1})
+
+    assert [due.session_id for due in store.due(ROOM).due] == [waiting]
 
 
 def test_a_long_history_loses_its_beginning(make_store: MakeStore) -> None:

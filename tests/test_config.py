@@ -599,6 +599,7 @@ def test_make_env_writes_other_secrets_each_time_and_replaces_none(checkout: Pat
     run("-m", "aistream.environment")
     assert load({}, checkout).jwt_secret != first.jwt_secret
     assert load({}, checkout).callback_secret != first.callback_secret
+    assert load({}, checkout).callback_headers != first.callback_headers != ()
 
 
 @pytest.mark.parametrize(

@@ -43,10 +43,30 @@ def test_a_hundred_first_connects_start_one_generation_and_all_get_the_whole_tex
     assert set(answers) == {callback.json["answer"]} != {""}
 
 
+def test_twenty_inits_with_one_key_start_one_answer_and_owe_one_callback(
+    service: Service, provider: ProviderServer, n8n: Receiver
+) -> None:
+    model = "gpt-test-hello-i301"
+    asked = {"resumeUrl": n8n.url(), "prompt": "Hello", "model": model, "start": "immediate"}
+
+    def init(number: int) -> httpx.Response:
+        headers = {"Idempotency-Key": "execution-7", "Authorization": f"Bearer {n8n_token(jti=str(number))}"}
+        return httpx.post(f"{service.url}/init-stream", json=asked, headers=headers, timeout=10)
+
+    answers = Pool(20).map(init, range(20))
+
+    (callback,) = n8n.wait_for(1)
+    assert {answer.json()["streamId"] for answer in answers} == {callback.json["streamId"]}
+    assert sum("Idempotent-Replayed" not in answer.headers for answer in answers) == 1
+    assert len(provider.requests(model)) == 1 and len(n8n.requests) == 1
+
+
 def test_nothing_secret_reaches_the_log_at_any_level(
     start_service: Callable[..., Service], provider: ProviderServer, n8n: Receiver
 ) -> None:
-    service = start_service(LOG_LEVEL="debug", **provider.environ)
+    service = start_service(
+        LOG_LEVEL="debug", CALLBACK_HEADERS="X-Key: CANARYHEADER", METRICS_TOKEN="CANARYMETRICSTOKEN", **provider.environ
+    )
     token = n8n_token()
     canaries = {"prompt": "CANARYPROMPT", "system": "CANARYSYSTEM", "userId": "CANARYUSER", "metadata": {"k": "CANARYMETADATA"}}
     url = service.stream_url(model="gpt-test-say", n8nToken=token, resumeUrl=n8n.url("/w?signature=CANARYSIGNATURE"), **canaries)
@@ -56,9 +76,14 @@ def test_nothing_secret_reaches_the_log_at_any_level(
     service.init(n8nToken=token, **{**canaries, "prompt": "CANARYPROMPT\0", "model": "CANARYMODEL"})
     httpx.post(f"{service.url}/init-stream", content=b'{"prompt": "CANARYPROMPT', headers={"Content-Type": "application/json"})
     httpx.get(f"{service.url}/stream/no-id?access_token=CANARYTOKEN")
+    httpx.post(f"{service.url}/init-stream", json={}, headers={"Idempotency-Key": "CANARYKEY", "Authorization": "Bearer CANARY"})
+    told = [service.get(path, token) for path in ("/callbacks?state=dead&after=CANARY", "/sessions/none", "/metrics")]
+    told.append(service.get("/sessions/" + url.split("/stream/")[1].split("?")[0], token))
+    told.append(service.get("/metrics", "CANARYMETRICSTOKEN"))
 
     n8n.wait_for(1)
     wait_until(lambda: service.lines("callback.attempted"))
     keys = [value for name, value in provider.environ.items() if name.endswith("KEY")]
     for secret in ["CANARY", token, url.split("access_token=")[1], SECRET, *keys]:
         assert secret not in service.log
+        assert not [answer.url for answer in told if secret in answer.text]

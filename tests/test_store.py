@@ -202,14 +202,12 @@ def test_a_callback_is_tried_again_after_its_delay_and_counts_its_attempts(make_
     assert again is not None and (again.attempt, again.ambiguous) == (2, True)
 
 
-def test_an_attempt_left_open_by_a_lost_worker_is_ambiguous(
-    make_store: MakeStore, session_id: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("aistream.store.VISIBILITY", 0)
-    store = make_store()
+def test_an_attempt_left_open_by_a_lost_worker_is_ambiguous(make_store: MakeStore, session_id: str) -> None:
+    store = make_store(LEASE_SECONDS="1")
     ended(store, session_id)
 
     store.take_callback(session_id)
+    gevent.sleep(1.05)
     second = store.take_callback(session_id)
 
     assert second is not None and (second.attempt, second.ambiguous) == (2, True)

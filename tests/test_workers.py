@@ -22,7 +22,7 @@ from aistream.session import Claimed, Request
 from aistream.store import Store
 from tests.conftest import make_config
 from tests.neighbours.provider import ProviderServer
-from tests.neighbours.receiver import Receiver
+from tests.neighbours.receiver import HANG, Answer, Receiver
 from tests.service import ROOT, SECRET, Event, Service, n8n_token, on, text_of, wait_until, watch
 
 StartService = Callable[..., Service]
@@ -142,7 +142,7 @@ def test_a_callback_whose_worker_was_killed_is_sent_by_another(pair: list[Servic
     n8n.down()
     url = lost.stream_url(model="echo", prompt="a b", resumeUrl=n8n.url())
     lost.read(on(lost, url))
-    wait_until(lambda: lost.lines("callback.attempted"))  # else the attempt stays hidden for as long as one may last
+    wait_until(lambda: lost.lines("callback.attempted"))
     os.killpg(lost.pid, signal.SIGKILL)
 
     n8n.up()
@@ -150,6 +150,30 @@ def test_a_callback_whose_worker_was_killed_is_sent_by_another(pair: list[Servic
     callback = n8n.wait_for(1, timeout=15)[0]
     assert callback.json["answer"] == "a b"
     wait_until(lambda: alive.lines("callback.attempted"))
+
+
+def test_an_attempt_whose_worker_was_killed_is_made_again_a_lease_later(pair: list[Service], n8n: Receiver) -> None:
+    lost, alive = pair
+    n8n.answers([HANG])
+    lost.read(lost.stream_url(model="echo", prompt="a b", resumeUrl=n8n.url()))
+    n8n.wait_for(1)
+
+    os.killpg(lost.pid, signal.SIGKILL)
+
+    first, second = n8n.wait_for(2, timeout=10)
+    assert (first.json["attempt"], second.json["attempt"], second.json["answer"]) == (1, 2, "a b")
+    wait_until(lambda: alive.lines("callback.attempted"))
+
+
+def test_an_attempt_that_takes_longer_than_a_lease_is_not_made_again(pair: list[Service], n8n: Receiver) -> None:
+    n8n.answers([Answer(delay=3.5)])  # three leases
+    one, _ = pair
+    one.read(one.stream_url(model="echo", prompt="a b", resumeUrl=n8n.url()))
+
+    wait_until(lambda: one.lines("callback.attempted"))
+
+    assert [received.json["attempt"] for received in n8n.requests] == [1]
+    assert one.lines("callback.attempted")[0]["outcome"] == "delivered"
 
 
 @pytest.mark.parametrize("embedded", [True, False])

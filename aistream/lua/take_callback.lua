@@ -1,6 +1,6 @@
--- Takes a due callback for one attempt and hides it from others for as long as an attempt may last.
+-- Takes a due callback for one attempt and hides it from others for a lease, which its worker renews while it attempts it.
 -- KEYS  1 session hash, 2 content hash, 3 origins zset
--- ARGV  1 id, 2 visibility in ms (more than an attempt may last)
+-- ARGV  1 id, 2 lease in ms
 -- gives nil | {attempt, attempts since somebody had it delivered again, '1' if an earlier attempt may have arrived, ms since n8n
 --       began to say that the execution is running, ms since the session ended, session as a flat list, content as a flat list}
 -- Atomic: two workers must not take one callback at the same time. An attempt that is found open belongs to a worker that
