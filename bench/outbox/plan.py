@@ -88,18 +88,13 @@ class Options:
 
     @property
     def short(self) -> bool:
-        """Whether it takes a few seconds only. Workers are killed without an open attempt then: it would be hidden for 40 s."""
+        """Whether it takes a few seconds only."""
         return self.scale <= 0.5
 
     @property
     def schedule(self) -> tuple[float, ...]:
         """The service's CALLBACK_SCHEDULE: it outlasts the outages."""
         return SHORT_SCHEDULE if self.short else SCHEDULE
-
-    @property
-    def longest_wait(self) -> float:
-        """No callback waits so many seconds between two attempts: one that does has an attempt open."""
-        return 1.2 * max(self.schedule) + 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,8 +178,7 @@ def plan_phases(options: Options) -> list[Phase]:
 def plan_kills(options: Options) -> list[float]:
     """When a worker is killed: seconds into the run, spread evenly, but not while n8n hangs in every second round.
 
-    There attempts get to time out, which takes longer than a worker lives elsewhere. The first comes while connections are
-    refused, so that a short run, where a kill waits for that, meets a moment without an open attempt.
+    There attempts get to time out, which takes longer than a worker lives elsewhere. The first comes while nobody can connect.
     """
     rng = random.Random(f"kills {options.seed}")
     spans = list(pairwise(plan_phases(options)))

@@ -31,12 +31,10 @@ from tests.service import Service, n8n_token
 #: Seconds for a request to the service, and for all tries of one.
 SILENCE = 15.0
 PATIENCE = 60.0
-#: Seconds in which the last callbacks must be settled: some may be hidden for 40 by a kill, and need more attempts then.
+#: Seconds in which the last callbacks must be settled.
 SETTLE = 150.0
 #: Seconds to give a settled callback the time to come once more.
 AFTERWARDS = 1.5
-#: Seconds for which a kill in a short run waits for a moment without an open attempt.
-GENTLE = 3.0
 #: Requests to the service at the same time, at most.
 CONCURRENCY = 100
 #: Sessions asked about in one round trip.
@@ -169,12 +167,8 @@ class Run:
 
     def _kill(self, pid: int) -> Kill:
         """Kills a worker, and says from which ports it spoke, and what Redis held as owed when it could say nothing any more."""
-        self._stop_worker(pid)
-        until = time.monotonic() + GENTLE
-        while self.options.short and self._attempts_open() and time.monotonic() < until:
-            os.kill(pid, signal.SIGCONT)
-            gevent.sleep(0.03)
-            self._stop_worker(pid)
+        os.kill(pid, signal.SIGSTOP)
+        _wait_for_state(pid, "T")
         goals = (self.failing.port, self.healthy.port)
         ports = frozenset(own for own, other in connections_of(pid) if other in goals)
         at = time.time()
@@ -185,15 +179,6 @@ class Run:
                 client.ping()
                 gevent.sleep(0.05)
         return Kill(at, pid, ports, self._owed())
-
-    def _stop_worker(self, pid: int) -> None:
-        os.kill(pid, signal.SIGSTOP)
-        _wait_for_state(pid, "T")
-
-    def _attempts_open(self) -> bool:
-        """Whether a callback is hidden for an attempt that is being made."""
-        until = time.time() + self.options.longest_wait
-        return any(deadline > until for _, deadline in self._owed().values())
 
     def _owed(self) -> dict[str, tuple[int, float]]:
         """The callbacks that are owed, as Redis has it: the number of the last attempt, and the deadline."""

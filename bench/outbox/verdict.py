@@ -117,16 +117,6 @@ class Seen:
                 return before
         return None
 
-    def hidden(self, session: Session) -> bool:
-        """Whether a kill left an attempt open, so that nobody took the next one before the time that one may last was over."""
-        longest = self.evidence.options.longest_wait
-        for kill in self.evidence.kills:
-            attempt, deadline = kill.owed.get(session.id, (0, 0.0))
-            later = [one.at for one in self.exchanges(session) if one.attempt > attempt]
-            if attempt and deadline > kill.at + longest and later and later[0] >= deadline:
-                return True
-        return False
-
     def how_it_went(self, one: Exchange) -> str:
         """An attempt that was not final, in the words of the table."""
         if any(self.sent_by_the_killed(one, kill) and kill.at <= one.over_at + 0.05 for kill in self.evidence.kills):
@@ -340,13 +330,9 @@ def _by_phase(seen: Seen) -> Table:
     turns = [*seen.evidence.failing.turns, (math.inf, "")]
     rows = []
     delays: dict[tuple[str, bool], list[float]] = {}
-    hidden: list[float] = []
     for session in seen.sessions:
         ended, taken = seen.ended_at(session), seen.taken_at(session)
         if taken == math.inf or session.plan.manner not in ("plain", "early"):
-            continue
-        if seen.hidden(session):
-            hidden.append(taken - ended)
             continue
         phase = next((kind for (at, kind), (until, _) in pairwise(turns) if at <= ended < until), "up")
         for name in (phase, "all"):
@@ -354,7 +340,6 @@ def _by_phase(seen: Seen) -> Table:
     for phase in ("up", "down", "starting", "hang", "errors", "cut", "busy", "all"):
         well, failing = delays.get((phase, True), []), delays.get((phase, False), [])
         rows.append([phase, str(len(well)), *_three(well), str(len(failing)), *_three(failing)])
-    rows.append(["hidden by a kill", str(len(hidden)), *_three(hidden), "", "", "", ""])
     head = ["the failing n8n is", "well: endings", "p50", "p99", "max", "failing: endings", "p50", "p99", "max"]
     return Table("Seconds from ending to delivery, of sessions with which n8n does nothing in particular", head, rows)
 
@@ -369,7 +354,7 @@ def _returns(seen: Seen) -> Table:
         if kinds:
             rows.append(_return(seen, kinds, since, at, until))
         since, kinds = math.inf, []
-    head = ["after", "lasted", "owed then", "p50", "p99", "backlog empty after", "hidden by a kill", "not before the next outage"]
+    head = ["after", "lasted", "owed then", "p50", "p99", "backlog empty after", "not before the next outage"]
     return Table("Seconds from the failing n8n's return to delivery, of what was owed then", head, rows)
 
 
@@ -381,13 +366,11 @@ def _return(seen: Seen, kinds: Sequence[str], since: float, at: float, until: fl
         and session.plan.manner not in DOOMED
         and seen.ended_at(session) <= at < seen.taken_at(session)
     ]
-    hidden = [session for session in owed if seen.hidden(session)]
-    rest = [seen.taken_at(session) for session in owed if not seen.hidden(session)]
-    times = [taken - at for taken in rest if taken <= until]
-    late = len(rest) - len(times)
+    times = [taken - at for session in owed if (taken := seen.taken_at(session)) <= until]
+    late = len(owed) - len(times)
     p50, p99, most = _three(times)
     cells = [" + ".join(kinds), f"{at - since:.1f}", str(len(owed)), p50, p99]
-    return [*cells, "-" if late else most, str(len(hidden)), str(late)]
+    return [*cells, "-" if late else most, str(late)]
 
 
 def _three(values: Sequence[float]) -> list[str]:
