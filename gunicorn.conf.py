@@ -2,10 +2,9 @@
 
 import gc
 import os
-import shutil
 import sys
-import tempfile
 
+from aistream import shared_metrics
 from aistream.environment import load
 from aistream.errors import ConfigError
 
@@ -40,16 +39,12 @@ def on_starting(server):
     """Refuses what the configuration could not see, workers given on gunicorn's command line; makes room for their metrics."""
     if service.embedded_store and server.cfg.workers > 1:
         sys.exit(f"aistream cannot start {server.cfg.workers} workers without REDIS_URL: they cannot share the embedded store")
-    # prometheus_client looks for it when a worker imports it.
-    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix=f"aistream-metrics-{os.getpid()}-", dir=worker_tmp_dir)
+    shared_metrics.make()
 
 
 def on_exit(server):
-    """Removes what `on_starting` made, unless a successor (SIGUSR2) goes on with it."""
-    made = os.environ.get("PROMETHEUS_MULTIPROC_DIR", "")
-    if os.path.basename(made).startswith(f"aistream-metrics-{os.getpid()}-") and not server.reexec_pid:
-        shutil.rmtree(made, ignore_errors=True)
+    """Removes what `on_starting` made."""
+    shared_metrics.remove()
 
 
 def when_ready(server):

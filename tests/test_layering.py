@@ -28,7 +28,7 @@ ORDER = """
     providers.openai  providers.anthropic  providers.echo
     providers.wire  providers.base
     callback  telemetry  destination
-    environment
+    environment  shared_metrics
     tokens
     session
     sse

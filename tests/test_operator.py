@@ -8,6 +8,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -224,6 +225,28 @@ def test_metrics_count_the_attempts_of_all_workers(start_service: Callable[..., 
     folder = next(iter(metrics_folders(service.pid)))
     service.stop()
     assert not os.path.exists(folder)
+
+
+def test_a_service_removes_the_metrics_of_masters_that_were_killed(start_services: Callable[..., list[Service]]) -> None:
+    killed, alive = start_services(2)
+    pids = killed.pid, alive.pid
+    killed.kill()
+    left = [len(metrics_folders(pid)) for pid in pids]
+
+    start_services(1)
+
+    assert left == [1, 1]
+    assert [len(metrics_folders(pid)) for pid in pids] == [0, 1]
+
+
+def test_metrics_go_where_the_operator_wants_them(start_service: Callable[..., Service], tmp_path: Path) -> None:
+    (tmp_path / "metrics").mkdir()
+
+    service = start_service(PROMETHEUS_MULTIPROC_DIR=str(tmp_path / "metrics"))
+    pid = service.pid
+    service.stop()
+
+    assert list((tmp_path / "metrics").glob("*.db")) and metrics_folders(pid) == set()
 
 
 def metrics_folders(pid: int) -> set[str]:
