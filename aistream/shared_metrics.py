@@ -1,7 +1,7 @@
 """The folder in which the workers of one gunicorn share their metrics.
 
-prometheus_client looks for PROMETHEUS_MULTIPROC_DIR when it is imported, so the master makes the folder before it starts a worker,
-and nothing here imports that library.
+prometheus_client looks for PROMETHEUS_MULTIPROC_DIR when it is imported. So the master makes the folder before it starts a
+worker, and nothing here imports that library.
 """
 
 from __future__ import annotations
