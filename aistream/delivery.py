@@ -99,6 +99,7 @@ class Delivery:
         return len(sending)
 
     def _attempt(self, session_id: str, origin: str) -> None:
+        taken = None
         try:
             taken = self._store.take_callback(session_id)
             if taken is not None:
@@ -110,7 +111,9 @@ class Delivery:
         except Exception as error:  # the root of this greenlet: the attempt stays open and is taken again
             lines.error("callback.broke", session=session_id, error=error)
         finally:
-            self._open.pop(session_id, None)
+            # A worker that stood still for longer than a lease may have a later attempt of the same callback.
+            if taken is not None and self._open.get(session_id) == taken.attempt:
+                del self._open[session_id]
             self._leave(origin)
 
     def _leave(self, origin: str) -> None:

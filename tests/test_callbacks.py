@@ -1,6 +1,8 @@
 """Callbacks from the ending to the last attempt: the outbox, the queues, and the sender against a real receiver."""
 
 import base64
+import contextlib
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -12,7 +14,7 @@ from standardwebhooks import Webhook, WebhookVerificationError
 from aistream.delivery import Delivery
 from aistream.destination import Destinations
 from aistream.events import End, Usage
-from aistream.outbound import Outbound
+from aistream.outbound import TIMEOUT, Outbound
 from aistream.recall import Recall
 from aistream.session import Attempt, CallbackRecord, Claimed, Counts, Finished, Outcome, Request, State
 from aistream.session import IdempotencyKey as Key
@@ -505,6 +507,34 @@ def test_a_receiver_that_takes_the_request_and_says_nothing_is_left(
     callback = make_sender().deliver(n8n.url())
 
     assert (callback.state, callback.history[0].reason) == ("delivered", "no whole answer in time")
+
+
+def test_a_receiver_that_says_nothing_for_the_time_of_a_read_may_have_the_callback(
+    make_sender: MakeSender, n8n: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert TIMEOUT == (5, 30)
+    monkeypatch.setattr("aistream.outbound.TIMEOUT", (5, 0.2))
+    n8n.answers([HANG, DOES_NOT_EXIST])
+
+    callback = make_sender().deliver(n8n.url())
+
+    assert (callback.state, callback.history[0].reason) == ("delivered", "no answer in time")
+
+
+def test_a_receiver_that_does_not_take_the_connection_has_not_got_the_callback(
+    make_sender: MakeSender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aistream.outbound.TIMEOUT", (0.2, 30))
+    with contextlib.ExitStack() as stack:
+        deaf = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):  # more than wait to be accepted: the kernel leaves the next ones without an answer
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(deaf.getsockname())
+
+        callback = make_sender(CALLBACK_SCHEDULE="0").deliver(f"http://127.0.0.1:{deaf.getsockname()[1]}/w")
+
+    assert (callback.state, callback.last_answer) == ("dead", "connecting timed out; this was the last attempt")
 
 
 def test_a_hanging_receiver_delays_its_own_callbacks_alone(make_sender: MakeSender, n8n: Receiver) -> None:
