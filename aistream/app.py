@@ -31,7 +31,7 @@ def create_app(config: Config, *, store: Store | None = None) -> Flask:
     writer = LogWriter(store, pulse)
     recall = Recall(config, store)
     destinations = Destinations(config)
-    delivery = Delivery(config, store, destinations, Outbound(destinations, pool_size=SENDERS), recall)
+    delivery = Delivery(config, store.outbox, destinations, Outbound(destinations, pool_size=SENDERS), recall)
     generations = Generations(config, store, providers, writer, recall, pulse, on_ended=delivery.wake)
     follower = Follower(store, config)
     viewing = Viewing(config, generations, follower)

@@ -23,8 +23,9 @@ from aistream.callback import description
 from aistream.config import Config
 from aistream.environment import load
 from aistream.errors import ConfigError, StoreUnavailable
+from aistream.outbox import Outbox, Redelivery
 from aistream.session import Record
-from aistream.store import Redelivery, Store
+from aistream.store import Store
 
 State = Literal["owed", "dead"]
 
@@ -59,10 +60,10 @@ def callbacks() -> None:
 @_as_json
 def list_(state: State | None, limit: int, as_json: bool) -> None:
     """Callbacks that are owed or dead, those that have been so for longest first."""
-    with _store() as store:
+    with _outbox() as outbox:
         states: tuple[State, ...] = (state,) if state else ("owed", "dead")
-        found = [record for one in states for record in _take(store, one, limit)]
-        counts = store.counts()
+        found = [record for one in states for record in _take(outbox, one, limit)]
+        counts = outbox.counts()
     if as_json:
         for record in found:
             click.echo(json.dumps(description(record)))
@@ -77,8 +78,8 @@ def list_(state: State | None, limit: int, as_json: bool) -> None:
 @_as_json
 def show(session_id: str, as_json: bool) -> None:
     """One session: its state, its callback, and every attempt with what came of it."""
-    with _store() as store:
-        record = store.record(session_id)
+    with _outbox() as outbox:
+        record = outbox.record(session_id)
     if record is None:
         sys.exit(f"{session_id} {_TOLD['missing']}")
     if as_json:
@@ -100,11 +101,11 @@ def redeliver(session_ids: tuple[str, ...], everything: bool, as_json: bool) -> 
     """
     if bool(session_ids) == everything:
         raise click.UsageError("expected ids of sessions, or --all for every dead letter")
-    with _store() as store:
-        asked = [record.id for record in _take(store, "dead", None)] if everything else list(session_ids)
+    with _outbox() as outbox:
+        asked = [record.id for record in _take(outbox, "dead", None)] if everything else list(session_ids)
         quick = len(asked) < 20 or not sys.stderr.isatty()
         progress = track(asked, "redelivering", console=Console(stderr=True), transient=True, disable=quick)
-        outcomes = {session_id: store.redeliver(session_id) for session_id in progress}
+        outcomes = {session_id: outbox.redeliver(session_id) for session_id in progress}
     for session_id, outcome in outcomes.items():
         if as_json:
             click.echo(json.dumps({"streamId": session_id, "outcome": outcome}))
@@ -117,16 +118,16 @@ def redeliver(session_ids: tuple[str, ...], everything: bool, as_json: bool) -> 
         sys.exit(1)
 
 
-class _store:
-    """The configured store; what keeps it from answering is one line and exit code 1."""
+class _outbox:
+    """The callbacks in the configured store; what keeps it from answering is one line and exit code 1."""
 
-    def __enter__(self) -> Store:
+    def __enter__(self) -> Outbox:
         try:
             config = load()
         except ConfigError as error:
             sys.exit(str(error))
         self._store = _open(config)
-        return self._store
+        return self._store.outbox
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._store.close()
@@ -143,10 +144,10 @@ def _open(config: Config) -> Store:
     return Store(config)
 
 
-def _take(store: Store, state: State, limit: int | None) -> Iterator[Record]:
+def _take(outbox: Outbox, state: State, limit: int | None) -> Iterator[Record]:
     after, left = None, limit
     while left is None or left > 0:
-        page = store.callbacks(state, after=after, limit=1_000 if left is None else min(left, 1_000))
+        page = outbox.callbacks(state, after=after, limit=1_000 if left is None else min(left, 1_000))
         yield from page.callbacks
         after, left = page.after, None if left is None else left - len(page.callbacks)
         if after is None:

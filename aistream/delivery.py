@@ -22,9 +22,10 @@ from aistream.config import Config, origin_of
 from aistream.destination import Destinations
 from aistream.errors import DestinationRefused, StoreUnavailable
 from aistream.outbound import Outbound, SendFailed
+from aistream.outbox import Outbox, Taken, Word
 from aistream.recall import Recall
 from aistream.session import Attempt
-from aistream.store import AWAY, Places, Store, Taken, Word
+from aistream.store import AWAY, Places
 from aistream.telemetry import callback_attempted
 from aistream.telemetry import log as lines
 
@@ -41,9 +42,9 @@ BREATH = 0.05
 class Delivery:
     """The callbacks that this worker sends."""
 
-    def __init__(self, config: Config, store: Store, destinations: Destinations, outbound: Outbound, recall: Recall) -> None:
+    def __init__(self, config: Config, outbox: Outbox, destinations: Destinations, outbound: Outbound, recall: Recall) -> None:
         self._config = config
-        self._store = store
+        self._outbox = outbox
         self._recall = recall
         self._destinations = destinations
         self._outbound = outbound
@@ -89,7 +90,7 @@ class Delivery:
     def hold(self) -> None:
         """Keeps what is being attempted here from other workers. Raises StoreUnavailable."""
         if self._open:
-            self._store.hold(self._open)
+            self._outbox.hold(self._open)
 
     def give_up(self) -> int:
         """Breaks off the attempts that are still being made: another worker makes the next ones. Gives their number."""
@@ -101,7 +102,7 @@ class Delivery:
     def _attempt(self, session_id: str, origin: str) -> None:
         taken = None
         try:
-            taken = self._store.take_callback(session_id)
+            taken = self._outbox.take(session_id)
             if taken is not None:
                 self._recall.attempting(session_id)
                 self._open[session_id] = taken.attempt
@@ -125,27 +126,12 @@ class Delivery:
 
     def _deliver(self, taken: Taken) -> None:
         began, at = time.monotonic(), time.time()
-        outcome, status, origin = self._send(taken)
-        ambiguous = taken.ambiguous or (isinstance(outcome, Retry) and outcome.arrived)
-        running = isinstance(outcome, Retry) and outcome.running
-        delay = 0.0
-        if isinstance(outcome, Retry):
-            step = next_step(
-                outcome,
-                attempt=taken.tries,
-                ambiguous=ambiguous,
-                running_for=taken.running_for,
-                schedule=self._config.callback_schedule,
-                dice=random.random(),
-            )
-            if isinstance(step, (Delivered, Dead)):
-                outcome = step
-            else:
-                delay = step
+        said, status, origin = self._send(taken)
+        outcome, delay = self._follows(taken, said)
         duration = time.monotonic() - began
         line = Attempt(
             attempt=taken.attempt,
-            outcome=type(outcome).__name__.lower(),
+            outcome=_WORDS[type(outcome)],
             at=round(at * 1000),
             status=status,
             reason=_reason(outcome, status),
@@ -164,7 +150,21 @@ class Delivery:
             next_in=round(delay, 1) if isinstance(outcome, Retry) else None,
             duration_ms=line.duration_ms,
         )
-        self._settle(taken, outcome, delay, ambiguous, running, line)
+        self._settle(taken, said, _WORDS[type(outcome)], delay, line)
+
+    def _follows(self, taken: Taken, said: Meaning) -> tuple[Meaning, float]:
+        """What has become of the callback, and the seconds until its next attempt if there is one."""
+        if not isinstance(said, Retry):
+            return said, 0.0
+        step = next_step(
+            said,
+            attempt=taken.tries,
+            ambiguous=taken.ambiguous or said.arrived,
+            running_for=taken.running_for,
+            schedule=self._config.callback_schedule,
+            dice=random.random(),
+        )
+        return (step, 0.0) if isinstance(step, (Delivered, Dead)) else (said, step)
 
     def _send(self, taken: Taken) -> tuple[Meaning, int | None, str]:
         """What came of it, with the status of the answer and the origin it went to."""
@@ -186,20 +186,19 @@ class Delivery:
             self._sending.discard(sender)
         return meaning(answer, ambiguous=taken.ambiguous), answer.status, origin
 
-    def _settle(self, taken: Taken, outcome: Meaning, delay: float, ambiguous: bool, running: bool, line: Attempt) -> None:
+    def _settle(self, taken: Taken, said: Meaning, word: Word, delay: float, line: Attempt) -> None:
         until = time.monotonic() + SETTLE
-        word: Word = "delivered" if isinstance(outcome, Delivered) else "retry" if isinstance(outcome, Retry) else "dead"
         # Before the store is told: one that is away, or has just lost the session, is told again what came of it.
         self._recall.attempted(taken.session.id, taken.attempt, word)
         while True:
             try:
-                self._store.settle(
+                self._outbox.settle(
                     taken.session.id,
                     taken.attempt,
                     word,
                     delay=delay,
-                    ambiguous=ambiguous,
-                    running=running,
+                    ambiguous=isinstance(said, Retry) and said.arrived,
+                    running=isinstance(said, Retry) and said.running,
                     last_answer=line.reason,
                     line=line,
                 )
@@ -208,6 +207,9 @@ class Delivery:
                 if time.monotonic() > until:
                     raise
                 gevent.sleep(AWAY)
+
+
+_WORDS: dict[type[Meaning], Word] = {Delivered: "delivered", Retry: "retry", Dead: "dead"}
 
 
 def _reason(outcome: Meaning, status: int | None) -> str:

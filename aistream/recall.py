@@ -16,8 +16,9 @@ from gevent.pool import Pool
 from aistream.config import Config
 from aistream.events import Ending
 from aistream.log import Log
+from aistream.outbox import Word
 from aistream.session import CANCELLED, Accepted, Claimed, Finished, Outcome, State
-from aistream.store import Store, Word
+from aistream.store import Store
 from aistream.telemetry import log as lines
 
 #: Seconds with a store that answers for which a settled callback is remembered: longer than a replica lags behind.
@@ -152,7 +153,7 @@ class Recall:
                 return
             result = self._finish(told)
         if isinstance(result, Finished) and told.settled is not None:
-            self._store.settle(told.accepted.id, *told.settled)
+            self._store.outbox.settle(told.accepted.id, *told.settled)
 
     def _finish(self, told: Told) -> object:
         epoch, seq, before = 0, 0, 0

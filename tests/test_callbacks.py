@@ -59,14 +59,14 @@ def ended(store: Store, session_id: str = "", url: str = ONE + "/w", subject: st
 def dead(store: Store, url: str = ONE + "/w", subject: str = "n8n") -> str:
     """A session whose callback was given up; its id."""
     session_id = ended(store, url=url, subject=subject)
-    assert store.take_callback(session_id) is not None
-    assert store.settle(session_id, 1, "dead", last_answer="n8n answered 410", line=Attempt(1, "dead", 5, 410, "gone", 7))
+    assert store.outbox.take(session_id) is not None
+    assert store.outbox.settle(session_id, 1, "dead", last_answer="n8n answered 410", line=Attempt(1, "dead", 5, 410, "gone", 7))
     return session_id
 
 
 def standing(store: Store, session_id: str) -> CallbackRecord:
     """Where a callback stands."""
-    record = store.record(session_id)
+    record = store.outbox.record(session_id)
     assert record is not None and record.callback is not None
     return record.callback
 
@@ -83,12 +83,12 @@ def no_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_callback_is_owed_with_the_ending_and_no_longer_than_that(make_store: MakeStore) -> None:
     store = make_store()
     owed = ended(store)
-    before = store.counts()
+    before = store.outbox.counts()
 
-    store.take_callback(owed)
-    store.settle(owed, 1, "delivered")
+    store.outbox.take(owed)
+    store.outbox.settle(owed, 1, "delivered")
 
-    assert (before.owed, before.dead, store.counts()) == (1, 0, Counts(0, 0.0, 0))
+    assert (before.owed, before.dead, store.outbox.counts()) == (1, 0, Counts(0, 0.0, 0))
     assert standing(store, owed).state == "delivered"
     assert store.due(ROOM).due == []
 
@@ -97,7 +97,7 @@ def test_the_first_attempt_waits_for_its_time(make_store: MakeStore) -> None:
     store = make_store()
     session_id = ended(store, callback_in=0.2)
 
-    at_once = store.due(ROOM).due, store.take_callback(session_id)
+    at_once = store.due(ROOM).due, store.outbox.take(session_id)
     gevent.sleep(0.25)
     later = store.due(ROOM).due
 
@@ -137,7 +137,7 @@ def test_a_queue_forgets_a_session_that_has_run_out(make_store: MakeStore) -> No
 
     due = store.due(ROOM).due
 
-    assert (due, store.counts().owed) == ([], 0)
+    assert (due, store.outbox.counts().owed) == ([], 0)
     assert call("KEYS", "aistream:{0}:origins*") == []
 
 
@@ -145,11 +145,11 @@ def test_attempts_are_kept_with_their_time_status_and_reason(make_store: MakeSto
     store = make_store(LEASE_SECONDS="1")
     session_id = ended(store)
     first = Attempt(1, "retry", 1_795_000_000_000, 503, "n8n answered 503", 12)
-    store.take_callback(session_id)
-    store.settle(session_id, 1, "retry", delay=0, last_answer=first.reason, line=first)
-    store.take_callback(session_id)  # and its worker is lost
+    store.outbox.take(session_id)
+    store.outbox.settle(session_id, 1, "retry", delay=0, last_answer=first.reason, line=first)
+    store.outbox.take(session_id)  # and its worker is lost
     gevent.sleep(1.05)
-    third = store.take_callback(session_id)
+    third = store.outbox.take(session_id)
 
     assert third is not None and (third.attempt, third.tries, third.ambiguous) == (3, 3, True)
     callback = standing(store, session_id)
@@ -161,15 +161,15 @@ def test_attempts_are_kept_with_their_time_status_and_reason(make_store: MakeSto
 def test_an_attempt_is_hidden_for_as_long_as_its_worker_holds_it(make_store: MakeStore) -> None:
     store = make_store(LEASE_SECONDS="1")
     session_id = ended(store)
-    store.take_callback(session_id)
+    store.outbox.take(session_id)
 
     gevent.sleep(0.7)
-    store.hold({session_id: 1, "unheard-of": 1})
+    store.outbox.hold({session_id: 1, "unheard-of": 1})
     gevent.sleep(0.7)
-    held = store.take_callback(session_id)
-    store.hold({session_id: 7})  # another worker's idea of the attempt
+    held = store.outbox.take(session_id)
+    store.outbox.hold({session_id: 7})  # another worker's idea of the attempt
     gevent.sleep(0.4)
-    lapsed = store.take_callback(session_id)
+    lapsed = store.outbox.take(session_id)
 
     assert held is None
     assert lapsed is not None and (lapsed.attempt, lapsed.ambiguous) == (2, True)
@@ -179,11 +179,11 @@ def test_a_settled_attempt_is_not_moved_by_a_late_hold(make_store: MakeStore) ->
     store = make_store()
     waiting, done = ended(store), ended(store)
     for session_id in (waiting, done):
-        store.take_callback(session_id)
-    store.settle(waiting, 1, "retry", delay=0)
-    store.settle(done, 1, "delivered")
+        store.outbox.take(session_id)
+    store.outbox.settle(waiting, 1, "retry", delay=0)
+    store.outbox.settle(done, 1, "delivered")
 
-    store.hold({waiting: 1, done: 1})
+    store.outbox.hold({waiting: 1, done: 1})
 
     assert [due.session_id for due in store.due(ROOM).due] == [waiting]
 
@@ -192,8 +192,8 @@ def test_a_long_history_loses_its_beginning(make_store: MakeStore) -> None:
     store = make_store()
     session_id = ended(store)
     for attempt in range(1, 60):
-        store.take_callback(session_id)
-        store.settle(session_id, attempt, "retry", line=Attempt(attempt, "retry", 1, 503, "x" * 300, 1))
+        store.outbox.take(session_id)
+        store.outbox.settle(session_id, attempt, "retry", line=Attempt(attempt, "retry", 1, 503, "x" * 300, 1))
 
     kept = [one.attempt for one in standing(store, session_id).history]
 
@@ -205,12 +205,12 @@ def test_how_long_n8n_has_said_that_it_runs_is_known_until_it_says_something_els
     session_id = ended(store)
     seen = []
     for attempt, running in enumerate([True, True, False, True, True], start=1):
-        taken = store.take_callback(session_id)
+        taken = store.outbox.take(session_id)
         assert taken is not None
         seen.append(taken.running_for)
         gevent.sleep(0.1)
-        store.settle(session_id, attempt, "retry", running=running)
-    last = store.take_callback(session_id)
+        store.outbox.settle(session_id, attempt, "retry", running=running)
+    last = store.outbox.take(session_id)
 
     assert last is not None
     assert (seen[0], seen[3]) == (0, 0)
@@ -225,24 +225,24 @@ def test_a_dead_callback_is_owed_again_with_its_whole_schedule(make_store: MakeS
     store = make_store()
     session_id = dead(store)
 
-    said = store.redeliver(session_id)
-    taken = store.take_callback(session_id)
+    said = store.outbox.redeliver(session_id)
+    taken = store.outbox.take(session_id)
 
     assert said == "owed"
     assert taken is not None and (taken.attempt, taken.tries) == (2, 1)
-    assert store.counts().dead == 0 and store.counts().owed == 1
+    assert store.outbox.counts().dead == 0 and store.outbox.counts().owed == 1
     assert store.connections.call("TTL", "aistream:{0}:content:" + session_id) > 86_400
 
 
 def test_an_owed_callback_is_due_at_once_unless_it_is_being_attempted(make_store: MakeStore) -> None:
     store = make_store()
     session_id = ended(store)
-    store.take_callback(session_id)
-    during = store.redeliver(session_id)
-    store.settle(session_id, 1, "retry", delay=3600)
+    store.outbox.take(session_id)
+    during = store.outbox.redeliver(session_id)
+    store.outbox.settle(session_id, 1, "retry", delay=3600)
 
-    said = store.redeliver(session_id)
-    taken = store.take_callback(session_id)
+    said = store.outbox.redeliver(session_id)
+    taken = store.outbox.take(session_id)
 
     assert (during, said) == ("trying", "owed")
     assert taken is not None and (taken.attempt, taken.tries) == (2, 1)
@@ -252,16 +252,16 @@ def test_what_cannot_be_delivered_again_is_told_apart(make_store: MakeStore) -> 
     store = make_store()
     pending, delivered, gone = str(uuid.uuid4()), ended(store), dead(store)
     store.create(pending, "n8n", ASKED, ONE)
-    store.take_callback(delivered)
-    store.settle(delivered, 1, "delivered")
+    store.outbox.take(delivered)
+    store.outbox.settle(delivered, 1, "delivered")
     store.connections.call("DEL", f"aistream:{{0}}:content:{gone}")
     foreign = dead(store, subject="other")
 
-    said = [store.redeliver(one, "n8n") for one in (pending, delivered, gone, foreign, "unheard-of")]
+    said = [store.outbox.redeliver(one, "n8n") for one in (pending, delivered, gone, foreign, "unheard-of")]
 
     assert said == ["not_ended", "delivered", "gone", "missing", "missing"]
     assert standing(store, foreign).state == "dead"
-    assert store.redeliver(foreign, "other") == "owed"
+    assert store.outbox.redeliver(foreign, "other") == "owed"
 
 
 # ---- The lists ----
@@ -277,14 +277,14 @@ def test_callbacks_are_listed_page_by_page_oldest_first(make_store: MakeStore) -
 
     pages, after = [], None
     while True:
-        page = store.callbacks("dead", after=after, limit=2)
+        page = store.outbox.callbacks("dead", after=after, limit=2)
         pages.append([record.id for record in page.callbacks])
         after = page.after
         if after is None:
             break
 
     assert [one for page in pages for one in page] == letters and [len(page) for page in pages[:2]] == [2, 2]
-    assert [record.id for record in store.callbacks("owed").callbacks] == [owed]
+    assert [record.id for record in store.outbox.callbacks("owed").callbacks] == [owed]
 
 
 def test_callbacks_of_the_same_millisecond_are_listed_once_each(make_store: MakeStore) -> None:
@@ -294,7 +294,7 @@ def test_callbacks_of_the_same_millisecond_are_listed_once_each(make_store: Make
 
     found, after = [], None
     for _ in range(7):
-        page = store.callbacks("dead", after=after, limit=1)
+        page = store.outbox.callbacks("dead", after=after, limit=1)
         found += [record.id for record in page.callbacks]
         after = page.after
 
@@ -305,10 +305,10 @@ def test_a_subject_sees_its_own_callbacks_alone(make_store: MakeStore) -> None:
     store = make_store()
     mine, others = [dead(store, subject="a"), dead(store, subject="a")], dead(store, subject="b")
 
-    assert {record.id for record in store.callbacks("dead", "a").callbacks} == set(mine)
-    assert [record.id for record in store.callbacks("dead", "b").callbacks] == [others]
-    assert store.callbacks("dead", "").callbacks == []
-    assert len(store.callbacks("dead").callbacks) == 3
+    assert {record.id for record in store.outbox.callbacks("dead", "a").callbacks} == set(mine)
+    assert [record.id for record in store.outbox.callbacks("dead", "b").callbacks] == [others]
+    assert store.outbox.callbacks("dead", "").callbacks == []
+    assert len(store.outbox.callbacks("dead").callbacks) == 3
 
 
 def test_a_dead_letter_is_forgotten_after_a_week(make_store: MakeStore) -> None:
@@ -316,9 +316,9 @@ def test_a_dead_letter_is_forgotten_after_a_week(make_store: MakeStore) -> None:
     old, new = dead(store), dead(store)
     store.connections.call("ZADD", "aistream:{0}:dead", int((time.time() - 7 * 86_400 - 5) * 1000), old)
 
-    listed = [record.id for record in store.callbacks("dead").callbacks]
+    listed = [record.id for record in store.outbox.callbacks("dead").callbacks]
 
-    assert (listed, store.counts().dead) == ([new], 1)
+    assert (listed, store.outbox.counts().dead) == ([new], 1)
 
 
 def test_the_oldest_owed_callback_is_known_by_its_age(make_store: MakeStore) -> None:
@@ -327,7 +327,7 @@ def test_the_oldest_owed_callback_is_known_by_its_age(make_store: MakeStore) -> 
     gevent.sleep(0.2)
     ended(store)
 
-    counts = store.counts()
+    counts = store.outbox.counts()
 
     assert counts.owed == 2 and counts.oldest_owed >= 0.19
 
@@ -375,7 +375,7 @@ class Sender:
         self.store = Store(config)
         destinations = Destinations(config)
         self.outbound = Outbound(destinations, pool_size=5)
-        self.delivery = Delivery(config, self.store, destinations, self.outbound, Recall(config, self.store))
+        self.delivery = Delivery(config, self.store.outbox, destinations, self.outbound, Recall(config, self.store))
 
     def deliver(self, url: str) -> CallbackRecord:
         """Owes a callback and makes its attempts until it is settled."""
@@ -566,7 +566,7 @@ def test_while_more_is_due_than_there_are_places_a_free_one_is_used_at_once(make
     owed = [ended(sender.store, url=n8n.url()) for _ in range(30)]
 
     looks = 0
-    while sender.store.counts().owed and looks < 100:
+    while sender.store.outbox.counts().owed and looks < 100:
         look = sender.store.due(sender.delivery.places)
         sender.delivery.looked(look.more)
         for session_id, _, origin in look.due:

@@ -24,6 +24,8 @@ ORDER = """
     follower  writer  recall
     log
     store  providers  outbound
+    outbox
+    scripts
     connections  pulse
     providers.openai  providers.anthropic  providers.echo
     providers.wire  providers.base
@@ -48,7 +50,7 @@ IMPURE = """
 """
 #: Foreign packages, and the only places that may know them.
 ONLY = {
-    "redis": ["store", "connections"],
+    "redis": ["store", "scripts", "connections"],
     "fakeredis": ["connections"],
     "openai": ["providers"],
     "anthropic": ["providers"],

@@ -318,7 +318,7 @@ def test_an_ending_whose_callback_is_owed_comes_back_with_its_log(make_store: Ma
     recall.step()
 
     assert store.read({session_id: None})[session_id] == told.log.entries()
-    taken = store.take_callback(session_id)
+    taken = store.outbox.take(session_id)
     assert taken is not None and (taken.session.answer, taken.session.resume_url) == ("a", "http://n8n/w")
 
 
@@ -332,7 +332,7 @@ def test_a_callback_that_was_settled_is_not_owed_again(make_store: MakeStore, se
     recall.doubt()
     recall.step()
 
-    assert store.take_callback(session_id) is None
+    assert store.outbox.take(session_id) is None
     assert store.standing([session_id]) == {session_id: (State.COMPLETED, "delivered")}
 
 
@@ -345,8 +345,8 @@ def test_a_callback_that_is_being_sent_is_hidden_when_it_comes_back(make_store: 
 
     recall.doubt()
     recall.step()
-    while_sent = store.take_callback(session_id)
-    delivered = store.settle(session_id, 1, "delivered")
+    while_sent = store.outbox.take(session_id)
+    delivered = store.outbox.settle(session_id, 1, "delivered")
 
     assert while_sent is None and delivered
 
@@ -357,8 +357,8 @@ def test_what_others_settled_or_started_is_forgotten(make_store: MakeStore, sess
     recall.accepted(store.create("started", "n8n", ASKED, "http://n8n/w"))
     recall.ended(ended(store, session_id))
     store.claim("started")
-    store.take_callback(session_id)
-    store.settle(session_id, 1, "delivered")
+    store.outbox.take(session_id)
+    store.outbox.settle(session_id, 1, "delivered")
 
     recall.step()
 

@@ -79,8 +79,8 @@ def test_a_session_nobody_knows_is_missing(make_store: MakeStore, session_id: st
     assert isinstance(store.claim(session_id), Missing)
     assert store.finish(session_id, 1, 1, 1, End("stop"), "", DONE) == Missing()
     assert store.renew({session_id: Holding(1, 1)}) == {session_id: "gone"}
-    assert store.take_callback(session_id) is None
-    assert store.settle(session_id, 1, "delivered") is False
+    assert store.outbox.take(session_id) is None
+    assert store.outbox.settle(session_id, 1, "delivered") is False
     assert isinstance(store.cancel(session_id), Missing)
     assert (store.last_id(session_id), store.standing([session_id]), store.pending(session_id)) == (None, {}, None)
 
@@ -178,25 +178,25 @@ def test_an_ended_session_owes_one_callback_with_everything_in_it(make_store: Ma
     ended(store, session_id, answer="ans\0wér")
 
     due = store.due(ROOM).due
-    taken = store.take_callback(session_id)
+    taken = store.outbox.take(session_id)
 
     assert due == [(session_id, State.COMPLETED, "http://n8n")]
     assert taken is not None and (taken.attempt, taken.ambiguous) == (1, False)
     assert (taken.session.request, taken.session.answer, taken.session.outcome) == (ASKED, "ans\0wér", DONE)
     assert taken.session.resume_url == "http://n8n/w?signature=ab"
-    assert store.take_callback(session_id) is None
+    assert store.outbox.take(session_id) is None
     assert store.due(ROOM).due == []
 
 
 def test_a_callback_is_tried_again_after_its_delay_and_counts_its_attempts(make_store: MakeStore, session_id: str) -> None:
     store = make_store()
     ended(store, session_id)
-    store.take_callback(session_id)
+    store.outbox.take(session_id)
 
-    store.settle(session_id, 1, "retry", delay=0.2, ambiguous=True, last_answer="503")
-    too_early = store.take_callback(session_id)
+    store.outbox.settle(session_id, 1, "retry", delay=0.2, ambiguous=True, last_answer="503")
+    too_early = store.outbox.take(session_id)
     gevent.sleep(0.25)
-    again = store.take_callback(session_id)
+    again = store.outbox.take(session_id)
 
     assert too_early is None
     assert again is not None and (again.attempt, again.ambiguous) == (2, True)
@@ -206,9 +206,9 @@ def test_an_attempt_left_open_by_a_lost_worker_is_ambiguous(make_store: MakeStor
     store = make_store(LEASE_SECONDS="1")
     ended(store, session_id)
 
-    store.take_callback(session_id)
+    store.outbox.take(session_id)
     gevent.sleep(1.05)
-    second = store.take_callback(session_id)
+    second = store.outbox.take(session_id)
 
     assert second is not None and (second.attempt, second.ambiguous) == (2, True)
 
@@ -216,20 +216,20 @@ def test_an_attempt_left_open_by_a_lost_worker_is_ambiguous(make_store: MakeStor
 def test_delivered_wins_over_a_late_word_and_a_late_word_over_nothing(make_store: MakeStore, session_id: str) -> None:
     store = make_store()
     ended(store, session_id)
-    store.take_callback(session_id)
+    store.outbox.take(session_id)
 
-    assert store.settle(session_id, 9, "dead") is False
-    assert store.settle(session_id, 1, "delivered") is True
-    assert store.settle(session_id, 1, "retry") is False
+    assert store.outbox.settle(session_id, 9, "dead") is False
+    assert store.outbox.settle(session_id, 1, "delivered") is True
+    assert store.outbox.settle(session_id, 1, "retry") is False
     assert store.due(ROOM).due == []
 
 
 def test_after_delivery_the_content_goes_with_the_replay_and_a_tombstone_stays(make_store: MakeStore, session_id: str) -> None:
     store = make_store(REPLAY_SECONDS="1")
     ended(store, session_id)
-    store.take_callback(session_id)
+    store.outbox.take(session_id)
 
-    store.settle(session_id, 1, "delivered")
+    store.outbox.settle(session_id, 1, "delivered")
     replayable = store.claim(session_id)
     time.sleep(1.1)
 
@@ -241,11 +241,11 @@ def test_after_delivery_the_content_goes_with_the_replay_and_a_tombstone_stays(m
 def test_a_delivery_that_is_said_again_does_not_prolong_the_replay(make_store: MakeStore, session_id: str) -> None:
     store = make_store(REPLAY_SECONDS="2")
     ended(store, session_id)
-    store.take_callback(session_id)
-    store.settle(session_id, 1, "delivered")
+    store.outbox.take(session_id)
+    store.outbox.settle(session_id, 1, "delivered")
     time.sleep(1.1)  # keys run out by Redis's own clock
 
-    said_again = store.settle(session_id, 1, "delivered")
+    said_again = store.outbox.settle(session_id, 1, "delivered")
     time.sleep(1.0)
 
     assert said_again is True
@@ -255,9 +255,9 @@ def test_a_delivery_that_is_said_again_does_not_prolong_the_replay(make_store: M
 def test_a_dead_callback_is_kept_for_a_week(make_store: MakeStore, session_id: str) -> None:
     store = make_store()
     ended(store, session_id)
-    store.take_callback(session_id)
+    store.outbox.take(session_id)
 
-    store.settle(session_id, 1, "dead", last_answer="410")
+    store.outbox.settle(session_id, 1, "dead", last_answer="410")
 
     call = store.connections.call
     assert call("ZRANGE", "aistream:{0}:dead", 0, -1) == [session_id.encode()]

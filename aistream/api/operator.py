@@ -15,7 +15,7 @@ from flask import Blueprint, Response, request
 from aistream.api import bearer, json_response, parts
 from aistream.callback import description
 from aistream.errors import Conflict, Fault, InvalidRequest, NotFound, Unauthorized
-from aistream.store import Redelivery
+from aistream.outbox import Redelivery
 from aistream.telemetry import exposition
 from aistream.telemetry import log as lines
 from aistream.tokens import Caller
@@ -40,7 +40,7 @@ _NOT_REDELIVERED: dict[Redelivery, tuple[str, str]] = {
 def session(session_id: str) -> Response:
     """State, times, tokens, and the callback with its attempts. Never prompt, answer or resumeUrl."""
     caller = _caller()
-    record = parts().store.record(_normal(session_id))
+    record = parts().store.outbox.record(_normal(session_id))
     if record is None or record.subject != caller.subject:
         raise NotFound("There is no such session, or it is no longer kept.")
     return json_response({"ok": True, **description(record)})
@@ -61,7 +61,7 @@ def callbacks() -> Response:
         faults.append(Fault("after", "expected next of the page before"))
     if faults:
         raise InvalidRequest("; ".join(f"{fault.field}: {fault.message}" for fault in faults) + ".", faults=faults)
-    page = parts().store.callbacks(
+    page = parts().store.outbox.callbacks(
         "dead" if state == "dead" else "owed",
         caller.subject,
         (int(cursor[1]), cursor[2]) if cursor else None,
@@ -76,14 +76,14 @@ def redeliver(session_id: str) -> Response:
     """Has a dead callback, or one that is still owed, attempted now, with its whole schedule before it. Idempotent."""
     caller = _caller()
     session_id = _normal(session_id)
-    outcome = parts().store.redeliver(session_id, caller.subject)
+    outcome = parts().store.outbox.redeliver(session_id, caller.subject)
     if outcome == "missing":
         raise NotFound("There is no such session, or it is no longer kept.")
     if outcome in _NOT_REDELIVERED:
         code, detail = _NOT_REDELIVERED[outcome]
         raise Conflict(detail, code=code)
     lines.info("callback.redelivered", session=session_id, found=outcome)
-    record = parts().store.record(session_id)
+    record = parts().store.outbox.record(session_id)
     if record is not None and record.callback is not None:
         parts().delivery.wake(session_id, record.callback.origin)
     return json_response({"ok": True, "streamId": session_id, "callback": "owed"}, 202)
@@ -99,7 +99,7 @@ def metrics() -> Response:
     if config.metrics_token and not hmac.compare_digest(given.encode(), config.metrics_token.encode()):
         code = "token_wrong_kind" if given else "token_missing"
         raise Unauthorized("Expected METRICS_TOKEN in the header Authorization: Bearer.", code=code)
-    text, content_type = exposition(parts().store.counts())
+    text, content_type = exposition(parts().store.outbox.counts())
     response = Response(text, content_type=content_type)
     response.headers["Cache-Control"] = "no-store"
     return response

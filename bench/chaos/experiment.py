@@ -14,7 +14,8 @@ import gevent
 from bench.chaos.plan import DRAIN, LEASE, SESSION_TTL, Options
 from bench.chaos.report import Report, errors_in_log, log_by_session, story
 from bench.chaos.run import Progress, Run
-from bench.chaos.verdict import RULES, STUCK, WRONG, Finding, Row, judge, listed
+from bench.chaos.verdict import RULES, STUCK, WRONG, Finding, judge
+from bench.command import Row, listed
 from tests.neighbours.redis import program
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from bench.chaos.verdict import Evidence, Finding, Row
+from bench.chaos.verdict import Evidence, Finding
+from bench.command import Row, rows_markdown, rows_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,22 +23,13 @@ class Report:
 
     def text(self) -> str:
         """The table, aligned."""
-        width = max(len(row.what) for row in self.rows)
-        lines = [f"{name}: {value}" for name, value in self.facts.items()]
-        lines.append("")
-        for row in self.rows:
-            must = ("must be 0   " if row.zero else "") + row.detail
-            lines.append(f"{row.what:{width}}  {row.count:6}   {must}".rstrip())
-        return "\n".join(lines)
+        return "\n".join(rows_text(self.facts, self.rows))
 
     def markdown(self) -> str:
         """The table as Markdown."""
         lines = ["# What survives: a chaos run", ""]
         lines += [f"- {name}: {value}" for name, value in self.facts.items()]
-        lines += ["", "| what | count | |", "|---|---:|---|"]
-        for row in self.rows:
-            what = f"**{row.what}**" if row.zero else row.what
-            lines.append(f"| {what.strip()} | {row.count} | {'must be 0: ' if row.zero else ''}{row.detail} |")
+        lines += rows_markdown(self.rows)
         return "\n".join(lines) + "\n"
 
 

@@ -4,12 +4,13 @@ import math
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from bench.chaos.plan import AFTERMATH, LEASE, SESSION_TTL
 from bench.chaos.record import Session, Trouble
+from bench.command import Row, listed
 from tests.neighbours.provider import Asked
 from tests.neighbours.receiver import Received
 from tests.neighbours.scenarios import SEPARATOR
@@ -19,16 +20,6 @@ OVERDUE = 2 * LEASE + 6.0
 
 #: Errors that say that a viewer cannot be told how its session ended.
 UNTOLD = {"session_lost", "log_lost", "replay_over"}
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the table. `zero`: it must be 0."""
-
-    what: str
-    count: int
-    detail: str = ""
-    zero: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,8 +330,3 @@ def _unexplained(evidence: Evidence, session: Session) -> list[str]:
 
 def _statuses(evidence: Evidence) -> Counter[str]:
     return Counter(callbacks[0].json["status"] for one in evidence.sessions if (callbacks := evidence.callbacks(one)))
-
-
-def listed(counts: Mapping[str, int]) -> str:
-    """Names and counts, the largest first."""
-    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))

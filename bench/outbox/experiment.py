@@ -12,7 +12,7 @@ import gevent
 
 import aistream
 from bench.chaos.report import errors_in_log, log_by_session
-from bench.chaos.verdict import Row, listed
+from bench.command import Row, listed
 from bench.outbox.plan import LEASE, SESSION_TTL, Options
 from bench.outbox.report import Report, story
 from bench.outbox.run import Progress, Run, telling

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.chaos.verdict import Row
+from bench.command import Row, rows_markdown, rows_text
 from bench.outbox.verdict import Finding, Seen, Table
 
 
@@ -24,12 +24,7 @@ class Report:
 
     def text(self) -> str:
         """The tables, aligned."""
-        width = max(len(row.what) for row in self.rows)
-        lines = [f"{name}: {value}" for name, value in self.facts.items()]
-        lines.append("")
-        for row in self.rows:
-            must = ("must be 0   " if row.zero else "") + row.detail
-            lines.append(f"{row.what:{width}}  {row.count:6}   {must}".rstrip())
+        lines = rows_text(self.facts, self.rows)
         for table in self.tables:
             lines += ["", table.title, *_aligned([table.head, *table.rows])]
         return "\n".join(lines)
@@ -39,10 +34,7 @@ class Report:
         lines = ["# What becomes of the callbacks: a run against an n8n that fails", ""]
         lines += [f"- {name}: {value}" for name, value in self.facts.items()]
         lines += ["", "What is done, and the rule by which a callback may come twice: `bench/outbox/__init__.py`."]
-        lines += ["", "| what | count | |", "|---|---:|---|"]
-        for row in self.rows:
-            what = f"**{row.what}**" if row.zero else row.what
-            lines.append(f"| {what.strip()} | {row.count} | {'must be 0: ' if row.zero else ''}{row.detail} |")
+        lines += rows_markdown(self.rows)
         for table in self.tables:
             lines += [
                 "",

@@ -8,7 +8,7 @@ from datetime import datetime
 from itertools import pairwise
 from typing import Any
 
-from bench.chaos.verdict import Row, listed
+from bench.command import Row, listed
 from bench.outbox.n8n import AMBIGUOUS, Exchange, N8n, Reaction
 from bench.outbox.plan import DOOMED, KINDS, MANNERS, SESSION_TTL
 from bench.outbox.record import Evidence, Kept, Kill, Session
