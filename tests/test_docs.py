@@ -59,3 +59,14 @@ def test_the_chaos_run_that_is_shown_was_a_full_one_and_ended_with_zeros() -> No
     assert len(zeros) == 9 and {count for _, count in zeros} == {"0"}
     owed, got, lost = (int(counts[what]) for what in ("callbacks owed", "callbacks got", "sessions that could not be saved"))
     assert owed == got + lost
+
+
+def test_the_run_against_a_failing_n8n_that_is_shown_was_a_full_one_and_ended_with_zeros() -> None:
+    page = (ROOT / "docs" / "outbox.md").read_text()
+    counts = dict(re.findall(r"^\| \*{0,2}([^|*]+?)\*{0,2} \| (\d+) \|", page, re.MULTILINE))
+    zeros = re.findall(r"^\| \*\*([^|*]+)\*\* \| (\d+) \| must be 0", page, re.MULTILINE)
+
+    assert int(counts["endings made"]) >= 5_000 and int(counts["workers killed"]) >= 20
+    assert len(zeros) == 8 and {count for _, count in zeros} == {"0"}
+    owed, delivered, dead = (int(counts[what]) for what in ("endings made", "callbacks delivered", "callbacks dead"))
+    assert owed == delivered + dead and counts["callbacks still owed, or unknown"] == "0"
