@@ -506,7 +506,7 @@ def test_an_ending_that_meets_a_stop_is_recorded_as_cancelled(make_store: MakeSt
     assert (found, told, owner.stopped()) == (State.RUNNING, [session_id], [])
     assert ended == owner.finish(session_id, 1, 2, 2, End("stop"), "a", DONE) == Finished(Cursor(1, 2), State.CANCELLED)
     assert owner.claim(session_id) == Ended(State.CANCELLED, Cursor(1, 2), True)
-    taken = owner.take_callback(session_id)
+    taken = owner.outbox.take(session_id)
     assert taken is not None and (taken.session.outcome.ending, taken.session.answer) == (CANCELLED, "a")
 
 
