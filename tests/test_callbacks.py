@@ -91,6 +91,7 @@ def test_the_callback_is_owed_with_the_ending_and_no_longer_than_that(make_store
     assert (before.owed, before.dead, store.outbox.counts()) == (1, 0, Counts(0, 0.0, 0))
     assert standing(store, owed).state == "delivered"
     assert store.due(ROOM).due == []
+    assert store.connections.call("KEYS", "aistream:{0}:origins*") == []
 
 
 def test_the_first_attempt_waits_for_its_time(make_store: MakeStore) -> None:

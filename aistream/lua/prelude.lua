@@ -16,6 +16,14 @@ local function owe(origins, origin, id, at)
   end
 end
 
+-- Owes it no more; an origin without a callback leaves nothing behind.
+local function unowe(origins, origin, id)
+  redis.call('ZREM', origins .. ':' .. origin, id)
+  if redis.call('EXISTS', origins .. ':' .. origin) == 0 then
+    redis.call('ZREM', origins, origin)
+  end
+end
+
 -- A history of attempts, a line each, without its first lines where it has grown long.
 local function shortened(history)
   while #history > 8192 do

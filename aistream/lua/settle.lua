@@ -34,7 +34,7 @@ if outcome == 'retry' then
   owe(KEYS[4], s[4], ARGV[1], now + ARGV[4])
   return 1
 end
-redis.call('ZREM', KEYS[4] .. ':' .. s[4], ARGV[1])
+unowe(KEYS[4], s[4], ARGV[1])
 redis.call('ZREM', KEYS[5], ARGV[1])
 redis.call('HSET', KEYS[1], 'callback', outcome, 'settled_at', now)
 if outcome == 'delivered' then
