@@ -81,6 +81,14 @@ def bearer() -> str | None:
     return token.strip() or None if scheme.lower() == "bearer" else None
 
 
+def normal_id(session_id: str) -> str:
+    """The id as we write it, or `""` for what is none: no other text may become part of a key."""
+    try:
+        return str(uuid.UUID(session_id))
+    except ValueError:
+        return ""
+
+
 def init_app(app: Flask, config: Config) -> None:
     """Gives an app what all its routes share."""
     app.config["MAX_CONTENT_LENGTH"] = config.max_body_bytes

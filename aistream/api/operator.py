@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import hmac
 import re
-import uuid
 from typing import Any
 
 from flask import Blueprint, Response, request
 
-from aistream.api import bearer, json_response, parts
+from aistream.api import bearer, json_response, normal_id, parts
 from aistream.callback import description
 from aistream.errors import Conflict, Fault, InvalidRequest, NotFound, Unauthorized
 from aistream.outbox import Redelivery
@@ -40,7 +39,7 @@ _NOT_REDELIVERED: dict[Redelivery, tuple[str, str]] = {
 def session(session_id: str) -> Response:
     """State, times, tokens, and the callback with its attempts. Never prompt, answer or resumeUrl."""
     caller = _caller()
-    record = parts().store.outbox.record(_normal(session_id))
+    record = parts().store.outbox.record(normal_id(session_id))
     if record is None or record.subject != caller.subject:
         raise NotFound("There is no such session, or it is no longer kept.")
     return json_response({"ok": True, **description(record)})
@@ -75,7 +74,7 @@ def callbacks() -> Response:
 def redeliver(session_id: str) -> Response:
     """Has a dead callback, or one that is still owed, attempted now, with its whole schedule before it. Idempotent."""
     caller = _caller()
-    session_id = _normal(session_id)
+    session_id = normal_id(session_id)
     outcome = parts().store.outbox.redeliver(session_id, caller.subject)
     if outcome == "missing":
         raise NotFound("There is no such session, or it is no longer kept.")
@@ -107,11 +106,3 @@ def metrics() -> Response:
 
 def _caller() -> Caller:
     return parts().tokens.verify_caller(bearer())
-
-
-def _normal(session_id: str) -> str:
-    """The id as we write it; raises NotFound for what is none: no other text may become part of a key."""
-    try:
-        return str(uuid.UUID(session_id))
-    except ValueError:
-        raise NotFound("There is no such session, or it is no longer kept.") from None

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import uuid
-
 from flask import Blueprint, Response, request
 
-from aistream.api import bearer, json_response, parts
+from aistream.api import bearer, json_response, normal_id, parts
 from aistream.errors import NotFound, Refused, StoreUnavailable
 from aistream.events import Cursor
 from aistream.session import Missing, State
@@ -65,7 +63,7 @@ def cancel(session_id: str) -> Response:
 def _allowed(session_id: str) -> str:
     """The id as we write it. Raises Unauthorized without a good token, NotFound with another session's."""
     token = bearer() or request.args.get("access_token")
-    normal = _normal(session_id)
+    normal = normal_id(session_id)
     if parts().tokens.verify_viewer(token) != normal:
         raise NotFound("There is no such stream.")
     return normal
@@ -75,11 +73,3 @@ def _events(response: Response) -> Response:
     response.headers.update(HEADERS)
     response.headers["Content-Type"] = "text/event-stream; charset=utf-8"
     return response
-
-
-def _normal(session_id: str) -> str:
-    """The id as we write it, or `""`: no other text may become part of a key."""
-    try:
-        return str(uuid.UUID(session_id))
-    except ValueError:
-        return ""
