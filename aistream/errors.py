@@ -77,6 +77,12 @@ class InvalidRequest(Problem):
     code = "invalid_request"
     title = "The request is not valid"
 
+    @classmethod
+    def naming(cls, *faults: Fault, code: str | None = None) -> InvalidRequest:
+        """One whose detail names these faults."""
+        detail = "; ".join(f"{fault.field}: {fault.message}" for fault in faults) + "."
+        return cls(detail, code=code, faults=faults)
+
 
 class Unauthorized(Problem):
     """The token is missing or cannot be accepted; the code says which."""

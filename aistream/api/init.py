@@ -99,8 +99,8 @@ def _key(body: dict[str, Any], caller: Caller) -> IdempotencyKey | None:
     if given is None:
         return None
     if not re.fullmatch(rf"[!-~](?:[ -~]{{0,{MAX_KEY_CHARS - 2}}}[!-~])?", given):
-        fault = Fault("Idempotency-Key", f"expected 1 to {MAX_KEY_CHARS} visible ASCII characters, such as a UUID")
-        raise InvalidRequest(f"{fault.field}: {fault.message}.", faults=[fault])
+        expected = f"expected 1 to {MAX_KEY_CHARS} visible ASCII characters, such as a UUID"
+        raise InvalidRequest.naming(Fault("Idempotency-Key", expected))
     asked = {name: value for name, value in body.items() if name != "n8nToken"}
     return IdempotencyKey(
         name=hashlib.sha256(json.dumps([caller.subject, given]).encode()).hexdigest(),
@@ -228,7 +228,7 @@ def _checked(body: dict[str, Any], config: Config) -> InitRequest:
             raise
         faults += error.faults
     if faults or asked is None:
-        raise InvalidRequest("; ".join(f"{fault.field}: {fault.message}" for fault in faults) + ".", faults=faults)
+        raise InvalidRequest.naming(*faults)
     return asked
 
 

@@ -59,7 +59,7 @@ def callbacks() -> Response:
     if after and not cursor:
         faults.append(Fault("after", "expected next of the page before"))
     if faults:
-        raise InvalidRequest("; ".join(f"{fault.field}: {fault.message}" for fault in faults) + ".", faults=faults)
+        raise InvalidRequest.naming(*faults)
     page = parts().store.outbox.callbacks(
         "dead" if state == "dead" else "owed",
         caller.subject,

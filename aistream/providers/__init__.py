@@ -99,4 +99,4 @@ class Providers:
 
 
 def _fault(code: str, message: str) -> InvalidRequest:
-    return InvalidRequest(f"model: {message}.", code=code, faults=[Fault("model", message)])
+    return InvalidRequest.naming(Fault("model", message), code=code)
