@@ -57,9 +57,12 @@ def test_the_tools_of_the_tests_are_those_that_the_package_names() -> None:
 
 
 def test_what_the_node_answers_means_to_the_sender_what_it_is_meant_to() -> None:
-    """The statuses of `decide` and `webhook` in its sources, with `application/json`."""
+    folder = PACKAGE / "nodes" / "AiStream"
+    sources = (folder / "callback.ts").read_text() + (folder / "AiStream.node.ts").read_text()
+    answered = re.findall(r"(?:refuse\(|kind: 'answer', status: |reply\(this, )(\d{3})", sources)
     meanings = {status: type(meaning(Said(status, "application/json", "{}"), ambiguous=True)).__name__ for status in ANSWERS}
 
+    assert {int(status) for status in answered} == set(ANSWERS)
     assert meanings == ANSWERS
 
 
