@@ -10,7 +10,6 @@ import socket
 import ssl
 import time
 from collections.abc import Mapping
-from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,6 +27,7 @@ from aistream.callback import Answer
 from aistream.config import origin_of
 from aistream.destination import Destinations
 from aistream.errors import DestinationRefused
+from aistream.retry_after import retry_after
 
 #: Seconds to connect, and between two pieces of the answer: a saturated n8n holds its 200 for a while.
 TIMEOUT = (5.0, 30.0)
@@ -73,7 +73,7 @@ class Outbound:
                     status=response.status_code,
                     content_type=response.headers.get("Content-Type", ""),
                     body=said,
-                    retry_after=_seconds(response.headers.get("Retry-After"), time.time()),
+                    retry_after=retry_after(response.headers.get("Retry-After"), time.time()),
                     broken=broken,
                 )
         except requests.ConnectTimeout as error:
@@ -117,18 +117,6 @@ def _beginning(response: requests.Response) -> tuple[str, bool]:
     finally:
         timer.close()
     return read[:MAX_ANSWER_BYTES].decode("utf-8", "replace"), broken
-
-
-def _seconds(retry_after: str | None, now: float) -> float | None:
-    """Retry-After in seconds: a number, or a date (RFC 9110 10.2.3). None for what is neither."""
-    if not retry_after:
-        return None
-    if retry_after.isascii() and retry_after.isdigit():
-        return float(retry_after[:9])  # some say "never" with a number that no float holds
-    try:
-        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - now)
-    except (ValueError, OverflowError):
-        return None
 
 
 def _cause(error: requests.RequestException) -> BaseException:
