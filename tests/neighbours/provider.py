@@ -6,7 +6,8 @@ the models do is in `scenarios`. It refuses what the real ones refuse first: no 
 without max_tokens.
 
 For tests: `GET /_requests` (what was asked, oldest first, and how each ended), `GET /_open` (streams that are being
-written now), `POST /_release` (models that `hold` go on), `POST /_reset` (forget the requests and the -x counts).
+written now), `POST /_release` (models that `hold` go on), `POST /_models` (the list of models is answered with the status
+in the body from then on; 0: not at all), `POST /_reset` (forget the requests, the -x counts and that status).
 """
 
 import http.client
@@ -36,6 +37,9 @@ from tests.neighbours.scenarios import (
     Headers,
     Hold,
     Noise,
+    Open,
+    Page,
+    Ping,
     Raw,
     Shred,
     Sleep,
@@ -89,6 +93,7 @@ class Provider:
         self._count = 0
         self._seen: Counter[str] = Counter()
         self._gate = threading.Event()
+        self._models_status = 200
 
     def handle(self, connection: Connection, request: Request) -> None:
         """Answer one request: a control endpoint, the models, or a model."""
@@ -96,8 +101,7 @@ class Provider:
         if path in APIS and request.method == "POST":
             self._answer(connection, request, path)
         elif path == "/v1/models":
-            api = "anthropic" if "anthropic-version" in request.headers else "openai"
-            _reply_json(connection, models(api))
+            self._list_models(connection, request)
         elif path == "/_requests":
             _reply_json(connection, [asdict(asked) for asked in self.asked])
         elif path == "/_open":
@@ -106,12 +110,31 @@ class Provider:
             self._gate.set()
             self._gate = threading.Event()
             _reply_json(connection, "released")
+        elif path == "/_models":
+            self._models_status = int(request.body)
+            _reply_json(connection, "noted")
         elif path == "/_reset":
             self.asked = []
             self._seen.clear()
+            self._models_status = 200
             _reply_json(connection, "forgotten")
         else:
             connection.reply(404, [("Content-Type", "text/plain")], b"not found")
+
+    def _list_models(self, connection: Connection, request: Request) -> None:
+        api = "anthropic" if "anthropic-version" in request.headers else "openai"
+        body: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}  # nothing wrong with it
+        ask = Ask(api, "", (), request.headers, body, {}, "plain", 0)
+        wire = _wire(ask)
+        fault = wire.fault()
+        if self._models_status == 0:
+            connection.pause(scenarios.FOR_EVER)
+        elif fault is not None or self._models_status != 200:
+            step = fault or Status(self._models_status)
+            headers, told = wire.error(step)
+            connection.reply(step.status, [*headers, *wire.headers()], told)
+        else:
+            _reply_json(connection, models(api))
 
     def _answer(self, connection: Connection, request: Request, path: str) -> None:
         self._count += 1
@@ -130,14 +153,14 @@ class Provider:
             name = "hello"
         usage = scenarios.USAGE.get(name, "plain")
         ask = Ask(APIS[path], model, texts, request.headers, body, params, usage, self._count)
-        wire: Wire = OpenAIWire(ask) if ask.api == "openai" else AnthropicWire(ask)
+        wire = _wire(ask)
         stage = Stage(connection, wire, ask, asked, self._gate)
         self.open.add(asked.number)
         try:
             if (fault := wire.fault()) is not None:
-                stage.refuse(*fault)
+                stage.refuse(fault)
             elif parsed is None:
-                stage.refuse(404, f"The model `{model}` does not exist or you do not have access to it.")
+                stage.refuse(Status(404, f"The model `{model}` does not exist or you do not have access to it."))
             elif body.get("stream"):
                 stage.stream(scenarios.SCENARIOS[name](ask))
             else:
@@ -147,6 +170,10 @@ class Provider:
             raise
         finally:
             self.open.discard(asked.number)
+
+
+def _wire(ask: Ask) -> Wire:
+    return OpenAIWire(ask) if ask.api == "openai" else AnthropicWire(ask)
 
 
 def _reply_json(connection: Connection, value: Any) -> None:
@@ -166,19 +193,24 @@ class Stage:
         self._opened = False
         self._shredded = False
 
-    def refuse(self, status: int, message: str = "", retry_after: int | None = None) -> None:
+    def refuse(self, step: Status) -> None:
         """An error answer instead of an answer."""
-        headers, body = self._wire.error(status, message)
-        if retry_after is not None:
-            headers.append(("retry-after", str(retry_after)))
+        headers, body = self._wire.error(step)
+        headers = [*headers, *step.headers, *scenarios.retry_headers(self._ask.params), *self._wire.headers()]
         self._asked.end("refused")
-        self._connection.reply(status, [*headers, *self._wire.headers()], body)
+        self._connection.reply(step.status, headers, body)
+
+    def _page(self, step: Page) -> None:
+        self._asked.end("broken")
+        self._connection.reply(200, [("Content-Type", "text/html; charset=utf-8")], step.html.encode())
 
     def stream(self, steps: Iterator[Step]) -> None:
         """Play the steps as a stream. Raises ClientGone when the connection is over, whoever ended it."""
         for step in steps:
             if isinstance(step, Status):
-                return self.refuse(step.status, retry_after=step.retry_after)
+                return self.refuse(step)
+            if isinstance(step, Page):
+                return self._page(step)
             self._play(step)
         self._headers()
         self._asked.end("broken")
@@ -188,6 +220,8 @@ class Stage:
         match step:
             case Headers():
                 self._headers()
+            case Open():
+                self._open()
             case Sleep(seconds):
                 self._connection.pause(seconds)
             case Hold():
@@ -201,6 +235,8 @@ class Stage:
             case Noise():
                 self._open()
                 self._send(self._wire.noise())
+            case Ping():
+                self._send(self._wire.ping())
             case ErrorEvent():
                 self._open()
                 self._asked.end("broken")
@@ -209,15 +245,15 @@ class Stage:
                 self._open()
                 self._asked.end("complete" if step.done else "broken")
                 self._send(self._wire.finish(step, self._asked.deltas))
-            case Status():
-                raise AssertionError("Status must be the first step")
+            case Status() | Page():
+                raise AssertionError(f"{step} must be the first step")
             case _:
                 self._delta(step)
 
     def _delta(self, step: scenarios.Delta) -> None:
         self._open()
         self._connection.pause(self._ask.params["d" if self._asked.deltas else "f"] / 1000)
-        self._send(self._wire.delta(step))
+        self._send(self._wire.delta(step, self._asked.deltas + 1))
         self._asked.deltas += 1
         if self._asked.deltas % 50 == 0:
             time.sleep(0)  # under gevent nothing else makes a fast writer yield
@@ -263,17 +299,19 @@ class Stage:
         answer = Whole()
         for step in steps:
             match step:
-                case Status(status, retry_after):
-                    return self.refuse(status, retry_after=retry_after)
+                case Status():
+                    return self.refuse(step)
+                case Page():
+                    return self._page(step)
                 case ErrorEvent(status, message):
-                    return self.refuse(status or 500, message)
+                    return self.refuse(Status(status or 500, message))
                 case Sleep() | Hold() | Cut():
                     self._play(step)
                 case HangUp():
                     self._break(Cut())
                 case Finish():
                     answer.finish = step
-                case Headers() | Noise() | Raw() | Shred():
+                case Headers() | Open() | Noise() | Ping() | Raw() | Shred():
                     pass
                 case _:
                     self._connection.pause(self._ask.params["d" if answer.deltas else "f"] / 1000)
@@ -393,14 +431,18 @@ class ProviderServer:
         """Let every model that holds at this moment go on."""
         self._call("POST", "/_release")
 
+    def answer_models(self, status: int) -> None:
+        """Answer `GET /v1/models` with this status until `reset()`; 0: with nothing, as long as the client waits."""
+        self._call("POST", "/_models", str(status))
+
     def reset(self) -> None:
-        """Forget the requests and the -x counts; answers in progress go on."""
+        """Forget the requests, the -x counts and how the models are listed; answers in progress go on."""
         self._call("POST", "/_reset")
 
-    def _call(self, method: str, path: str) -> Any:
+    def _call(self, method: str, path: str, body: str | None = None) -> Any:
         connection = http.client.HTTPConnection(HOST, self._port, timeout=10)
         try:
-            connection.request(method, path)
+            connection.request(method, path, body)
             return json.loads(connection.getresponse().read())
         finally:
             connection.close()

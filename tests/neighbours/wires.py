@@ -2,7 +2,8 @@
 
 Every function that returns a list returns one SSE event per item; each becomes one HTTP chunk. What a token is, and so
 the usage, is defined in one place: input = words of all messages, output = deltas written, plus REASONING_TOKENS and a
-cache share where the scenario says `usage-details`. Anthropic's `message_start` says 1 output token, as the real one
+cache share where the scenario says `usage-details`. In `usage-each` OpenAI's wire says what it has come to in every chunk,
+whether it was asked for or not. Anthropic's `message_start` says 1 output token, as the real one
 writes a placeholder there.
 """
 
@@ -20,6 +21,7 @@ from tests.neighbours.scenarios import (
     Finish,
     Reasoning,
     Refusal,
+    Status,
     Text,
     ToolArguments,
     ToolCall,
@@ -51,15 +53,19 @@ class Whole:
     arguments: str = ""
     deltas: int = 0
     finish: Finish = field(default_factory=Finish)
+    reasoning_field: str = ""
+    has_parts: bool = False
 
     def add(self, step: Delta) -> None:
         """Append one delta."""
         self.deltas += 1
         match step:
-            case Text(text):
+            case Text(text, _, part):
                 self.text += text
-            case Reasoning(text):
+                self.has_parts |= part
+            case Reasoning(text, name):
                 self.reasoning += text
+                self.reasoning_field = name
             case Refusal(text):
                 self.refusal += text
             case ToolCall(name):
@@ -77,11 +83,14 @@ class Wire(Protocol):
     def opening(self) -> list[bytes]:
         """What stands in front of the first delta."""
 
-    def delta(self, step: Delta) -> list[bytes]:
-        """One delta."""
+    def delta(self, step: Delta, deltas: int) -> list[bytes]:
+        """One delta, the one of this number."""
 
     def noise(self) -> list[bytes]:
         """Things that a client must skip."""
+
+    def ping(self) -> list[bytes]:
+        """A sign of life."""
 
     def finish(self, step: Finish, deltas: int) -> list[bytes]:
         """The end after `deltas` deltas."""
@@ -92,11 +101,11 @@ class Wire(Protocol):
     def whole(self, answer: Whole) -> Any:
         """The JSON of an answer that is not streamed."""
 
-    def error(self, status: int, message: str = "") -> tuple[Pairs, bytes]:
+    def error(self, step: Status) -> tuple[Pairs, bytes]:
         """Headers and body of an error answer."""
 
-    def fault(self) -> tuple[int, str] | None:
-        """Status and message with which the provider would refuse this request, or None."""
+    def fault(self) -> Status | None:
+        """How the provider would refuse this request, or None."""
 
 
 def to_json(value: Any, escaped: bool = False) -> bytes:
@@ -107,6 +116,11 @@ def to_json(value: Any, escaped: bool = False) -> bytes:
         except UnicodeEncodeError:
             pass
     return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _thinking(text: str) -> Fields:
+    """Mistral's part of a content that is thought."""
+    return {"type": "thinking", "thinking": [{"type": "text", "text": text}]}
 
 
 def _proxy_page(status: int) -> tuple[Pairs, bytes]:
@@ -170,7 +184,7 @@ class OpenAIWire:
 
     def _chunk(self, choices: list[Fields], usage: Fields | None = None, escaped: bool = False) -> bytes:
         chunk: Fields = self._frame | {"choices": choices}
-        if self._include_usage:
+        if self._include_usage or usage is not None:
             chunk["usage"] = usage  # null in every chunk but the last
         if self._obfuscate:
             chunk["obfuscation"] = "a1B2c3D4"
@@ -189,22 +203,30 @@ class OpenAIWire:
 
     def opening(self) -> list[bytes]:
         """The chunk with the role; its content is empty, and it is not counted as a delta."""
-        return [self._chunk(self._choice({"role": "assistant", "content": "", "refusal": None}))]
+        return [self._chunk(self._choice({"role": "assistant", "content": "", "refusal": None}), self._usage_so_far(0))]
 
-    def delta(self, step: Delta) -> list[bytes]:
+    def delta(self, step: Delta, deltas: int) -> list[bytes]:
         """One chunk."""
+        escaped = isinstance(step, Text) and step.escaped
+        return [self._chunk(self._choice(self._fields(step)), self._usage_so_far(deltas), escaped)]
+
+    def _fields(self, step: Delta) -> Fields:
         match step:
-            case Text(text, escaped):
-                return [self._chunk(self._choice({"content": text}), escaped=escaped)]
-            case Reasoning(text):
-                return [self._chunk(self._choice({"content": None, "reasoning_content": text}))]
+            case Text(text, _, part):
+                return {"content": [{"type": "text", "text": text}] if part else text}
+            case Reasoning(text, "content"):
+                return {"content": [_thinking(text)]}
+            case Reasoning(text, "reasoning"):
+                return {"reasoning": text}
+            case Reasoning(text, name):
+                return {"content": None, name: text}
             case Refusal(text):
-                return [self._chunk(self._choice({"refusal": text}))]
+                return {"refusal": text}
             case ToolCall(name):
                 call = {"id": TOOL_ID, "type": "function", "function": {"name": name, "arguments": ""}}
-                return [self._chunk(self._choice({"tool_calls": [{"index": 0} | call]}))]
+                return {"tool_calls": [{"index": 0} | call]}
             case ToolArguments(text):
-                return [self._chunk(self._choice({"tool_calls": [{"index": 0, "function": {"arguments": text}}]}))]
+                return {"tool_calls": [{"index": 0, "function": {"arguments": text}}]}
 
     def noise(self) -> list[bytes]:
         """OpenRouter's comment, Azure's chunk without choices, a choice with fields that nobody knows."""
@@ -216,6 +238,13 @@ class OpenAIWire:
             b"data: " + to_json(self._frame | {"choices": [], "model": ""} | filters) + b"\n\n",
             self._chunk(odd),
         ]
+
+    def ping(self) -> list[bytes]:
+        """OpenRouter's comment."""
+        return [b": OPENROUTER PROCESSING\n\n"]
+
+    def _usage_so_far(self, deltas: int) -> Fields | None:
+        return self._usage(deltas) if self._ask.usage == "each" else None
 
     def _usage(self, deltas: int) -> Fields:
         given, made, cached, reasoning = self._ask.input_tokens, deltas, 0, 0
@@ -238,7 +267,7 @@ class OpenAIWire:
     def finish(self, step: Finish, deltas: int) -> list[bytes]:
         """The finish reason, a chunk with usage where it was asked for, [DONE]."""
         reason = "stop" if step.reason == "refusal" else step.reason
-        events = [self._chunk(self._choice({}, reason))]
+        events = [self._chunk(self._choice({}, reason), self._usage_so_far(deltas))]
         if self._include_usage:
             events.append(self._chunk([], self._usage(deltas)))
         return [*events, b"data: [DONE]\n\n"] if step.done else events
@@ -249,8 +278,12 @@ class OpenAIWire:
         return {"error": {"message": text, "type": kind, "param": None, "code": code}}
 
     def error_event(self, step: ErrorEvent) -> list[bytes]:
-        """`data: {"error": …}`."""
-        return [b"data: " + to_json(self._error(step.status or 500, step.message)) + b"\n\n"]
+        """`data: {"error": …}`, or OpenRouter's chunk with both error and choices."""
+        error = self._error(step.status or 500, step.message)
+        if step.finish:
+            said = {"code": error["error"]["code"], "message": error["error"]["message"]}
+            error = self._frame | {"error": said, "choices": self._choice({"content": ""}, "error")}
+        return [b"data: " + to_json(error) + b"\n\n"]
 
     def whole(self, answer: Whole) -> Any:
         """A `chat.completion`."""
@@ -259,8 +292,10 @@ class OpenAIWire:
             "content": answer.text if answer.text or not (answer.tool or answer.refusal) else None,
             "refusal": answer.refusal or None,
         }
-        if answer.reasoning:
-            message["reasoning_content"] = answer.reasoning
+        if answer.has_parts:
+            message["content"] = [_thinking(answer.reasoning), {"type": "text", "text": answer.text}]
+        elif answer.reasoning:
+            message[answer.reasoning_field] = answer.reasoning
         if answer.tool:
             function = {"name": answer.tool, "arguments": answer.arguments}
             message["tool_calls"] = [{"id": TOOL_ID, "type": "function", "function": function}]
@@ -271,23 +306,25 @@ class OpenAIWire:
             completion["usage"] = self._usage(answer.deltas)
         return completion
 
-    def error(self, status: int, message: str = "") -> tuple[Pairs, bytes]:
+    def error(self, step: Status) -> tuple[Pairs, bytes]:
         """JSON, or the proxy's page for 502 and 504."""
-        if status in (502, 504):
-            return _proxy_page(status)
-        return [("Content-Type", "application/json")], to_json(self._error(status, message))
+        if step.status in (502, 504):
+            return _proxy_page(step.status)
+        error = self._error(step.status, step.message)
+        error["error"] |= step.error
+        return [("Content-Type", "application/json")], to_json(step.body or error)
 
-    def fault(self) -> tuple[int, str] | None:
+    def fault(self) -> Status | None:
         """Only what a careless client would get wrong."""
         if len(self._ask.headers.get("authorization", "").split()) != 2:
-            return 401, "You didn't provide an API key."
+            return Status(401, "You didn't provide an API key.")
         if not self._ask.body["messages"]:
-            return 400, "Invalid 'messages': empty array. Expected an array with minimum length 1."
+            return Status(400, "Invalid 'messages': empty array. Expected an array with minimum length 1.")
         for message in self._ask.body["messages"]:
             if message.get("role") not in ("system", "developer", "user", "assistant", "tool"):
-                return 400, f"Invalid value: '{message.get('role')}'."
+                return Status(400, f"Invalid value: '{message.get('role')}'.")
             if not isinstance(message.get("content"), str | list):
-                return 400, "Invalid value for 'content': expected a string, got null."
+                return Status(400, "Invalid value for 'content': expected a string, got null.")
         return None
 
 
@@ -360,7 +397,7 @@ class AnthropicWire:
     def _block_delta(self, escaped: bool = False, **delta: Any) -> bytes:
         return self._event("content_block_delta", escaped, index=self._index, delta=delta)
 
-    def delta(self, step: Delta) -> list[bytes]:
+    def delta(self, step: Delta, deltas: int) -> list[bytes]:
         """One content_block_delta, in a block of its kind."""
         match step:
             case Text(text, escaped):
@@ -386,6 +423,10 @@ class AnthropicWire:
             self._block_delta(type="hologram_delta", point=[1, 2, 3]),
             self._event("content_block_stop", index=self._index, colour="blue"),
         ]
+
+    def ping(self) -> list[bytes]:
+        """The event of that name."""
+        return [self._event("ping")]
 
     def _stop_reason(self, reason: str) -> str:
         return {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}.get(reason, reason)
@@ -424,34 +465,35 @@ class AnthropicWire:
             message["usage"] = self._usage(answer.deltas)
         return message
 
-    def error(self, status: int, message: str = "") -> tuple[Pairs, bytes]:
+    def error(self, step: Status) -> tuple[Pairs, bytes]:
         """JSON, or the proxy's page for 502 and 503."""
-        if status in (502, 503):
-            return _proxy_page(status)
-        return [("Content-Type", "application/json")], to_json(self._error(status, message))
+        if step.status in (502, 503):
+            return _proxy_page(step.status)
+        return [("Content-Type", "application/json")], to_json(step.body or self._error(step.status, step.message))
 
-    def fault(self) -> tuple[int, str] | None:
+    def fault(self) -> Status | None:
         """Only what a careless client would get wrong."""
         headers, body = self._ask.headers, self._ask.body
         if not (headers.get("x-api-key") or headers.get("authorization")):  # the SDK: Bearer since 2.0, before x-api-key
-            return 401, "x-api-key header is required"
+            return Status(401, "x-api-key header is required")
         if "anthropic-version" not in headers:
-            return 400, "anthropic-version: header is required"
+            return Status(400, "anthropic-version: header is required")
         for name in ("temperature", "top_p", "top_k"):
             # gone since API version 2026-10-21, which the SDK sends since 2.0.0 (platform.claude.com, Versions)
             if headers["anthropic-version"] >= "2026-10-21" and name in body:
-                return 400, f"{name}: Extra inputs are not permitted"
+                return Status(400, f"{name}: Extra inputs are not permitted")
         if not body["messages"]:
-            return 400, "messages: at least one message is required"
+            return Status(400, "messages: at least one message is required")
         if not isinstance(body.get("max_tokens"), int) or body["max_tokens"] < 1:
-            return 400, "max_tokens: Field required"
+            return Status(400, "max_tokens: Field required")
         if not 0 <= (body.get("temperature") or 0) <= 1:
-            return 400, "temperature: Input should be less than or equal to 1"
+            return Status(400, "temperature: Input should be less than or equal to 1")
         for number, message in enumerate(body["messages"]):
             if message.get("role") not in ("user", "assistant"):  # only the newest models take `system` here
-                return 400, f'messages: Unexpected role "{message.get("role")}". Use the top-level `system` parameter.'
+                said = f'messages: Unexpected role "{message.get("role")}". Use the top-level `system` parameter.'
+                return Status(400, said)
             if not message.get("content"):
-                return 400, f"messages.{number}: all messages must have non-empty content"
+                return Status(400, f"messages.{number}: all messages must have non-empty content")
         return None
 
 
