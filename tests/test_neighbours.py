@@ -10,9 +10,11 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import anthropic
+import gevent
 import httpx2
 import openai
 import pytest
@@ -34,6 +36,7 @@ class Heard:
 
     pieces: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
+    reasoning_field: str = ""
     refusal: str = ""
     arguments: str = ""
     finish: str | None = None
@@ -69,6 +72,19 @@ class Clients:
             heard.error = error
         return heard
 
+    def that_retry(self, times: int) -> "Clients":
+        """The same with so many retries of their own."""
+        return Clients(self.openai.with_options(max_retries=times), self.anthropic.with_options(max_retries=times))
+
+    def first(self, model: str) -> Any:
+        """The first event of a stream of `model`, which is left then."""
+        messages: Any = [{"role": "user", "content": "hi"}]
+        if model.startswith("gpt"):
+            with self.openai.chat.completions.create(model=model, messages=messages, stream=True) as chunks:
+                return next(chunks)
+        with self.anthropic.messages.create(model=model, messages=messages, stream=True, max_tokens=9) as events:
+            return next(events)
+
     def _hear_openai(self, model: str, messages: Any, options: dict[str, Any], heard: Heard) -> None:
         asked = {"stream_options": {"include_usage": True}} | options
         with self.openai.chat.completions.create(model=model, messages=messages, stream=True, **asked) as stream:
@@ -81,14 +97,27 @@ class Clients:
                 for choice in chunk.choices:
                     heard.finish = choice.finish_reason or heard.finish
                     delta = choice.delta
-                    if delta.content is not None and delta.role is None and not hasattr(delta, "annotations"):
-                        heard.pieces.append(delta.content)
+                    content: Any = delta.content
+                    if isinstance(content, list):
+                        self._hear_parts(content, heard)
+                    elif content is not None and delta.role is None and not hasattr(delta, "annotations"):
+                        heard.pieces.append(content)
                     heard.refusal += delta.refusal or ""
-                    if (thought := getattr(delta, "reasoning_content", None)) is not None:
-                        heard.reasoning.append(thought)
+                    for name in ("reasoning_content", "reasoning"):
+                        if (thought := getattr(delta, name, None)) is not None:
+                            heard.reasoning.append(thought)
+                            heard.reasoning_field = name
                     for call in delta.tool_calls or []:
                         heard.arguments += (call.function and call.function.arguments) or ""
         heard.done = heard.finish is not None
+
+    def _hear_parts(self, parts: list[Any], heard: Heard) -> None:
+        for part in parts:
+            if part["type"] == "thinking":
+                heard.reasoning.append("".join(text["text"] for text in part["thinking"]))
+                heard.reasoning_field = "content"
+            else:
+                heard.pieces.append(part["text"])
 
     def _hear_anthropic(self, model: str, messages: Any, options: dict[str, Any], heard: Heard) -> None:
         asked = {"max_tokens": 4096} | options
@@ -113,6 +142,20 @@ class Clients:
                         heard.reasoning_tokens = details.thinking_tokens if details else None
                 elif event.type == "message_stop":
                     heard.done = True
+
+
+def _post(provider: ProviderServer, model: str) -> requests.Response:
+    """The answer to a small request as it comes over the wire; to be closed."""
+    path = {"gpt": "/v1/chat/completions", "claude": "/v1/messages"}[model.split("-")[0]]
+    body = {"model": model, "max_tokens": 9, "stream": True, "messages": [{"role": "user", "content": "hi"}]}
+    headers = {"Authorization": "Bearer x", "anthropic-version": "2023-06-01"}
+    return requests.post(provider.url + path, json=body, headers=headers, timeout=5, stream=True)
+
+
+def _headers(heard: Heard) -> httpx2.Headers:
+    """The headers of an error status."""
+    assert isinstance(heard.error, openai.APIStatusError | anthropic.APIStatusError)
+    return heard.error.response.headers
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +281,8 @@ def test_each_other_ending_is_told_apart(clients: Clients, family: str) -> None:
     refusal = clients.hear(f"{family}-test-refusal")
     filtered = clients.hear(f"{family}-test-content-filter")
     empty = clients.hear(f"{family}-test-empty")
+    paused = clients.hear(f"{family}-test-pause-turn-k1")
+    full = clients.hear(f"{family}-test-context-window-k1")
     no_done = clients.hear(f"{family}-test-no-done")
 
     assert length.finish == {"gpt": "length", "claude": "max_tokens"}[family]
@@ -251,16 +296,47 @@ def test_each_other_ending_is_told_apart(clients: Clients, family: str) -> None:
     assert (filtered.finish == "content_filter") == (family == "gpt")
     assert (filtered.error is None) == (family == "gpt")
     assert (empty.text, empty.output_tokens, empty.done) == ("", 0, True)
+    assert (paused.text, paused.finish) == ("word1 ", {"gpt": "function_call", "claude": "pause_turn"}[family])
+    assert (full.text, full.finish) == ("word1 ", {"gpt": "length", "claude": "model_context_window_exceeded"}[family])
     assert (no_done.finish is not None, no_done.done) == (True, family == "gpt")
 
 
 @BOTH
-def test_reasoning_comes_apart_from_the_text(clients: Clients, family: str) -> None:
-    heard = clients.hear(f"{family}-test-reasoning")
+@pytest.mark.parametrize(
+    ("scenario", "name"),
+    [("reasoning", "reasoning_content"), ("reasoning-field", "reasoning"), ("reasoning-parts", "content")],
+)
+def test_reasoning_comes_apart_from_the_text(clients: Clients, family: str, scenario: str, name: str) -> None:
+    heard = clients.hear(f"{family}-test-{scenario}")
 
     assert heard.reasoning == list(THOUGHTS)
+    assert heard.reasoning_field == {"gpt": name, "claude": ""}[family]
     assert heard.pieces == list(HELLO)
     assert heard.output_tokens == len(THOUGHTS) + len(HELLO)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "fields"),
+    [
+        ("reasoning", {"content": "".join(HELLO), "reasoning_content": "".join(THOUGHTS)}),
+        ("reasoning-field", {"content": "".join(HELLO), "reasoning": "".join(THOUGHTS)}),
+        (
+            "reasoning-parts",
+            {
+                "content": [
+                    {"type": "thinking", "thinking": [{"type": "text", "text": "".join(THOUGHTS)}]},
+                    {"type": "text", "text": "".join(HELLO)},
+                ]
+            },
+        ),
+    ],
+)
+def test_reasoning_of_openai_is_apart_in_a_whole_answer_too(clients: Clients, scenario: str, fields: dict[str, Any]) -> None:
+    messages: Any = [{"role": "user", "content": "hi"}]
+
+    message = clients.openai.chat.completions.create(model=f"gpt-test-{scenario}", messages=messages).choices[0].message
+
+    assert {name: getattr(message, name) for name in fields} == fields
 
 
 @BOTH
@@ -287,6 +363,25 @@ def test_usage_can_be_missing_or_detailed(clients: Clients, family: str) -> None
     assert (missing.text, missing.input_tokens, missing.output_tokens) == ("".join(HELLO), None, None)
     assert (detailed.input_tokens, detailed.cached_tokens) == (5, 2)
     assert (detailed.output_tokens, detailed.reasoning_tokens) == (len(HELLO) + REASONING_TOKENS, REASONING_TOKENS)
+
+
+def test_usage_can_come_in_every_chunk_of_openai_and_then_no_more(clients: Clients) -> None:
+    broken = clients.hear("gpt-test-usage-each-k2", "three words here")
+    complete = clients.hear("gpt-test-usage-each-n2-k3", "three words here", stream_options=openai.omit)
+    nothing = clients.hear("gpt-test-usage-each-k0", "three words here")
+
+    assert (broken.text, broken.finish, broken.error) == ("word1 word2 ", None, None)
+    assert (broken.input_tokens, broken.output_tokens) == (3, 2)
+    assert (complete.finish, complete.input_tokens, complete.output_tokens) == ("stop", 3, 2)
+    assert (nothing.text, nothing.input_tokens, nothing.output_tokens) == ("", 3, 0)
+
+
+def test_anthropic_that_breaks_off_has_told_its_input_alone(clients: Clients) -> None:
+    broken = clients.hear("claude-test-usage-each-k2")
+    complete = clients.hear("claude-test-usage-each-n2-k3")
+
+    assert (broken.text, broken.finish, broken.output_tokens) == ("word1 word2 ", None, None)
+    assert (complete.finish, complete.output_tokens) == ("end_turn", 2)
 
 
 def test_openai_sends_usage_only_when_asked(clients: Clients) -> None:
@@ -324,6 +419,22 @@ def test_a_clean_end_without_a_finish_marker_raises_nothing(clients: Clients, pr
     assert heard.error is None
     assert not heard.done and heard.finish is None
     assert provider.requests()[-1].ended == "broken"
+
+
+@BOTH
+@pytest.mark.parametrize("scenario", ["truncated", "hangup", "cut", "stall", "garbage", "error-event"])
+def test_an_answer_can_break_before_its_first_word(
+    clients: Clients, provider: ProviderServer, family: str, scenario: str
+) -> None:
+    model = f"{family}-test-{scenario}-k0"
+
+    first = clients.first(model)
+    heard = clients.hear(model, timeout=0.2)
+
+    assert first.choices[0].delta.role == "assistant" if family == "gpt" else first.type == "message_start"
+    assert (heard.text, heard.finish, heard.done) == ("", None, False)
+    assert (heard.error is None) == (scenario == "truncated")
+    assert provider.requests()[-1].deltas == 0
 
 
 @BOTH
@@ -375,6 +486,59 @@ def test_an_event_that_is_no_json_is_a_value_error(clients: Clients, family: str
     assert isinstance(heard.error, json.JSONDecodeError)
 
 
+def test_a_finish_reason_can_say_that_openai_failed(clients: Clients) -> None:
+    bare = clients.hear("gpt-test-finish-error-k2")
+    told = clients.hear("gpt-test-finish-error-k2-e1")
+
+    assert (bare.text, bare.finish, bare.error) == ("word1 word2 ", "error", None)
+    assert bare.output_tokens == 2
+    assert (told.text, told.finish, type(told.error)) == ("word1 word2 ", None, openai.APIError)
+    assert "The server had an error" in str(told.error)
+
+
+def test_anthropic_that_fails_has_an_error_of_the_api(clients: Clients) -> None:
+    heard = clients.hear("claude-test-finish-error-k2")
+
+    assert heard.text == "word1 word2 "
+    assert isinstance(heard.error, anthropic.APIStatusError)
+    assert isinstance(heard.error.body, dict)
+    assert heard.error.body["error"]["type"] == "api_error"
+
+
+@BOTH
+def test_pings_keep_a_client_waiting_beyond_its_read_timeout(clients: Clients, provider: ProviderServer, family: str) -> None:
+    with pytest.raises(gevent.Timeout), gevent.Timeout(0.5):
+        clients.hear(f"{family}-test-pinging-k1", timeout=0.2)
+    provider.wait_for_open_streams(0)
+
+    (asked,) = provider.requests()
+    assert asked.client_left and asked.deltas == 1
+
+
+@BOTH
+def test_pings_are_no_content(provider: ProviderServer, family: str) -> None:
+    with _post(provider, f"{family}-test-pinging") as answer:
+        lines = filter(None, answer.iter_lines(1))
+        seen = [next(lines) for _ in range(4)]
+
+    if family == "gpt":
+        assert seen == [b": OPENROUTER PROCESSING"] * 4
+    else:
+        assert seen[0] == b"event: message_start"
+        assert seen[2:] == [b"event: ping", b'data: {"type":"ping"}']
+
+
+@BOTH
+def test_a_page_of_html_is_an_empty_stream_for_both_sdks(clients: Clients, provider: ProviderServer, family: str) -> None:
+    heard = clients.hear(f"{family}-test-html")
+    with _post(provider, f"{family}-test-html") as answer:
+        assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
+        assert answer.status_code == 200
+
+    assert (heard.text, heard.finish, heard.error) == ("", None, None)
+    assert [asked.ended for asked in provider.requests()] == ["broken", "broken"]
+
+
 @BOTH
 @pytest.mark.parametrize("status", [400, 401, 402, 403, 404, 408, 409, 413, 422, 429, 500, 502, 503, 504, 529])
 def test_a_status_before_the_stream_is_a_status_error_with_a_secret_inside(
@@ -388,6 +552,65 @@ def test_a_status_before_the_stream_is_a_status_error_with_a_secret_inside(
     everything = heard.error.response.text + str(heard.error.response.headers)
     assert any(secret in everything for secret in SECRETS)
     assert provider.requests()[-1].ended == "refused"
+
+
+@BOTH
+def test_what_a_status_says_about_retrying_is_in_its_headers(clients: Clients, family: str) -> None:
+    seconds = _headers(clients.hear(f"{family}-test-status-s503-r7-y1"))
+    milliseconds = _headers(clients.hear(f"{family}-test-status-s429-m250-y0"))
+    date = _headers(clients.hear(f"{family}-test-quota-a90"))["retry-after"]
+
+    assert (seconds["retry-after"], seconds["x-should-retry"]) == ("7", "true")
+    assert (milliseconds["retry-after-ms"], milliseconds["x-should-retry"]) == ("250", "false")
+    assert "retry-after" not in milliseconds
+    assert 88 < parsedate_to_datetime(date).timestamp() - time.time() < 92
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("scenario", "times"),
+    [("status-s503-y0-x1", 1), ("status-s400-y1-m1-x1", 2), ("status-s529-m1-x2", 3)],
+)
+def test_both_sdks_obey_those_headers(clients: Clients, provider: ProviderServer, family: str, scenario: str, times: int) -> None:
+    model = f"{family}-test-{scenario}"
+
+    heard = clients.that_retry(2).hear(model)
+
+    assert len(provider.requests(model)) == times
+    assert (heard.error is None) == (times > 1)
+
+
+def test_openai_does_not_wait_longer_than_two_minutes(clients: Clients, provider: ProviderServer) -> None:
+    heard = clients.that_retry(2).hear("gpt-test-status-s429-r121-x1")
+
+    assert isinstance(heard.error, openai.RateLimitError)
+    assert len(provider.requests()) == 1
+
+
+def test_openai_names_what_is_wrong_by_a_code(clients: Clients) -> None:
+    quota = clients.hear("gpt-test-quota").error
+    long = clients.hear("gpt-test-context-length").error
+    filtered = clients.hear("gpt-test-filtered-input").error
+
+    assert isinstance(quota, openai.RateLimitError)
+    assert (quota.type, quota.code, quota.param) == ("insufficient_quota", "insufficient_quota", None)
+    assert "retry-after" not in quota.response.headers
+    assert isinstance(long, openai.BadRequestError)
+    assert (long.type, long.code, long.param) == ("invalid_request_error", "context_length_exceeded", "messages")
+    assert isinstance(filtered, openai.BadRequestError)
+    assert (filtered.type, filtered.code, filtered.param) == (None, "content_filter", "prompt")
+
+
+def test_anthropic_names_what_is_wrong_by_a_message(clients: Clients) -> None:
+    quota = clients.hear("claude-test-quota").error
+    long = clients.hear("claude-test-context-length").error
+    filtered = clients.hear("claude-test-filtered-input").error
+
+    assert isinstance(quota, anthropic.APIStatusError)
+    assert (quota.status_code, quota.type) == (402, "billing_error")
+    assert isinstance(long, anthropic.BadRequestError) and isinstance(filtered, anthropic.BadRequestError)
+    assert "prompt is too long: 210000 tokens > 200000 maximum" in str(long)
+    assert "Output blocked by content filtering policy" in str(filtered)
 
 
 @BOTH
@@ -447,6 +670,155 @@ def test_anthropic_wants_max_tokens_no_system_role_and_no_sampling_parameters(cl
     assert "temperature: Extra inputs are not permitted" in str(warm.error)
     assert warm_of_old.error is None
     assert isinstance(too_warm_of_old.error, anthropic.BadRequestError)
+
+
+# The provider: parameters that it refuses
+
+PARAMETERS: dict[str, Any] = {
+    "max_tokens": 5,
+    "max_completion_tokens": 5,
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "stop": ["x"],
+    "stream_options": {"include_usage": True},
+    "reasoning_effort": "low",
+}
+
+
+@pytest.mark.parametrize(
+    ("parameter", "code"),
+    [
+        ("max_tokens", "unsupported_parameter"),
+        ("max_completion_tokens", "unsupported_parameter"),
+        ("temperature", "unsupported_value"),
+        ("top_p", "unsupported_parameter"),
+        ("stop", "unsupported_parameter"),
+        ("reasoning_effort", "unsupported_parameter"),
+    ],
+)
+def test_openai_refuses_one_parameter_and_answers_without_it(clients: Clients, parameter: str, code: str) -> None:
+    model = f"gpt-test-refuses-{parameter.replace('_', '-')}"
+    others = {name: value for name, value in PARAMETERS.items() if name != parameter}
+
+    refused = clients.hear(model, **PARAMETERS).error
+    heard = clients.hear(model, **others)
+
+    assert isinstance(refused, openai.BadRequestError)
+    assert (refused.type, refused.code, refused.param) == ("invalid_request_error", code, parameter)
+    assert f"'{parameter}'" in str(refused)
+    assert (heard.pieces, heard.finish, heard.output_tokens) == (list(HELLO), "stop", len(HELLO))
+
+
+def test_openai_says_what_it_wants_instead(clients: Clients) -> None:
+    limit = clients.hear("gpt-test-refuses-max-tokens", max_tokens=5).error
+    warm = clients.hear("gpt-test-refuses-temperature", temperature=0.5).error
+
+    assert "Use 'max_completion_tokens' instead." in str(limit)
+    assert "'temperature' does not support 0.5 with this model. Only the default (1) value is supported." in str(warm)
+
+
+def test_mistral_refuses_extras_with_an_object_for_a_message_which_openai_does_not_show(clients: Clients) -> None:
+    refused = clients.hear("gpt-test-refuses-stream-options").error
+    heard = clients.hear("gpt-test-refuses-stream-options", stream_options=openai.omit)
+
+    assert isinstance(refused, openai.UnprocessableEntityError)
+    assert str(refused) == "Error code: 422"
+    assert isinstance(refused.body, dict)
+    (detail,) = refused.body["message"]["detail"]
+    assert (detail["type"], detail["loc"]) == ("extra_forbidden", ["body", "stream_options"])
+    assert detail["input"] == {"include_usage": True}
+    assert (heard.pieces, heard.output_tokens) == (list(HELLO), None)
+
+
+def test_mistral_names_all_extras_at_once(clients: Clients) -> None:
+    both = clients.hear("gpt-test-refuses-extras", **PARAMETERS).error
+    one = clients.hear("gpt-test-refuses-extras").error
+    none = clients.hear("gpt-test-refuses-extras", stream_options=openai.omit)
+
+    assert isinstance(both, openai.UnprocessableEntityError) and isinstance(both.body, dict)
+    assert [detail["loc"][1] for detail in both.body["detail"]] == ["stream_options", "max_completion_tokens"]
+    assert isinstance(one, openai.UnprocessableEntityError) and isinstance(one.body, dict)
+    assert [detail["loc"][1] for detail in one.body["detail"]] == ["stream_options"]
+    assert none.pieces == list(HELLO)
+
+
+def test_an_older_azure_names_what_it_does_not_know_in_a_sentence(clients: Clients) -> None:
+    refused = clients.hear("gpt-test-refuses-unrecognized", **PARAMETERS).error
+    one = clients.hear("gpt-test-refuses-unrecognized").error
+
+    assert isinstance(refused, openai.BadRequestError)
+    assert (refused.code, refused.param) == (None, None)
+    expected = "Unrecognized request arguments supplied: max_completion_tokens, stream_options, reasoning_effort"
+    assert expected in str(refused)
+    assert "Unrecognized request argument supplied: stream_options" in str(one)
+
+
+def test_a_stream_can_be_refused_and_a_whole_answer_given(clients: Clients) -> None:
+    messages: Any = [{"role": "user", "content": "hi"}]
+
+    refused = clients.hear("gpt-test-refuses-stream").error
+    whole = clients.openai.chat.completions.create(model="gpt-test-refuses-stream", messages=messages)
+
+    assert isinstance(refused, openai.BadRequestError)
+    assert (refused.code, refused.param) == ("unsupported_value", "stream")
+    assert "Your organization must be verified to stream this model." in str(refused)
+    assert whole.choices[0].message.content == "".join(HELLO)
+
+
+def test_everything_can_be_refused_one_after_the_other(clients: Clients) -> None:
+    asked = PARAMETERS | {"model": "gpt-test-refuses-all", "messages": [{"role": "user", "content": "hi"}], "stream": True}
+    refused = []
+
+    for _ in range(7):
+        with pytest.raises(openai.APIStatusError) as raised:
+            clients.openai.chat.completions.create(**asked)
+        refused.append(raised.value.param or "stream_options")  # which Mistral's form does not put there
+        del asked[refused[-1]]
+    whole = clients.openai.chat.completions.create(**asked)
+
+    assert refused == ["max_tokens", "temperature", "top_p", "stop", "stream_options", "reasoning_effort", "stream"]
+    assert whole.choices[0].message.content == "".join(HELLO)
+
+
+ANTHROPIC_PARAMETERS: dict[str, Any] = {
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "stop_sequences": ["x"],
+    "thinking": {"type": "adaptive"},
+    "output_config": {"effort": "low"},
+}
+
+
+@pytest.mark.parametrize(
+    ("scenario", "parameters"),
+    [
+        ("refuses-temperature", ["temperature"]),
+        ("refuses-top-p", ["top_p"]),
+        ("refuses-stop", ["stop_sequences"]),
+        ("refuses-reasoning-effort", ["thinking", "output_config"]),
+        ("refuses-all", ["temperature", "top_p", "stop_sequences", "thinking", "output_config"]),
+        ("refuses-max-tokens", []),
+        ("refuses-max-completion-tokens", []),
+        ("refuses-stream-options", []),
+        ("refuses-stream", []),
+        ("refuses-extras", []),
+        ("refuses-unrecognized", []),
+    ],
+)
+def test_anthropic_refuses_its_own_parameters_and_answers_without_them(
+    clients: Clients, scenario: str, parameters: list[str]
+) -> None:
+    asked = dict(ANTHROPIC_PARAMETERS)
+    old = {"anthropic-version": "2023-06-01"}  # a newer one refuses the first two from everybody
+
+    for parameter in parameters:
+        refused = clients.hear(f"claude-test-{scenario}", extra_body=asked, extra_headers=old).error
+        assert isinstance(refused, anthropic.BadRequestError)
+        assert f"'{parameter}: Extra inputs are not permitted'" in str(refused)
+        del asked[parameter]
+    heard = clients.hear(f"claude-test-{scenario}", extra_body=asked, extra_headers=old)
+
+    assert (heard.pieces, heard.finish, heard.output_tokens) == (list(HELLO), "end_turn", len(HELLO))
 
 
 # The provider: what a test can see and control
@@ -517,6 +889,26 @@ def test_requests_share_a_connection_as_with_the_real_providers(provider: Provid
 def test_both_sdks_can_list_the_models(clients: Clients) -> None:
     assert {model.id for model in clients.openai.models.list()} == {f"gpt-test-{name}" for name in scenarios.SCENARIOS}
     assert "claude-test-say" in {model.id for model in clients.anthropic.models.list()}
+
+
+def test_the_list_of_models_wants_a_key_and_can_fail(clients: Clients, provider: ProviderServer) -> None:
+    url = f"{provider.openai_url}/models"
+    no_key = [requests.get(url, headers=headers, timeout=5) for headers in ({}, {"anthropic-version": "2023-06-01"})]
+
+    provider.answer_models(503)
+    with pytest.raises(openai.InternalServerError):
+        clients.openai.models.list()
+    with pytest.raises(anthropic.APIStatusError):
+        clients.anthropic.models.list()
+    provider.answer_models(0)
+    with pytest.raises(openai.APITimeoutError):
+        clients.openai.models.list(timeout=0.1)
+    provider.reset()
+
+    assert [answer.status_code for answer in no_key] == [401, 401]
+    assert no_key[0].json()["error"]["code"] == "invalid_api_key"
+    assert no_key[1].json()["error"]["type"] == "authentication_error"
+    assert clients.openai.models.list().data
 
 
 def test_hundred_streams_are_written_at_the_same_time(clients: Clients, provider: ProviderServer) -> None:

@@ -462,7 +462,7 @@ def usage_details(ask: Ask) -> Iterator[Step]:
     yield Finish()
 
 
-@scenario("usage-each", n=5, k=3)
+@scenario("usage-each", usage="each", n=5, k=3)
 def usage_each(ask: Ask) -> Iterator[Step]:
     """-n words with the usage so far in every chunk (Anthropic: only message_start has one), broken off after -k (k > n:
     complete) as by `truncated`."""
