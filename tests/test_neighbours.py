@@ -4,8 +4,10 @@ What the SDKs make of each failure (openai 3.54.0, anthropic 2.12.0) is what ais
 new version behaves differently, this is the file that says so.
 """
 
+import contextlib
 import json
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -170,13 +172,20 @@ def provider(process: ProviderServer) -> ProviderServer:
     return process
 
 
-@pytest.fixture(scope="module")
-def clients(process: ProviderServer) -> Iterator[Clients]:
+@contextlib.contextmanager
+def clients_of(provider: ProviderServer) -> Iterator[Clients]:
+    """Both SDKs, pointed at this provider."""
     with (
-        openai.OpenAI(api_key="sk-mine", base_url=process.openai_url, max_retries=0) as first,
-        anthropic.Anthropic(api_key="sk-ant-mine", base_url=process.anthropic_url, max_retries=0) as second,
+        openai.OpenAI(api_key="sk-mine", base_url=provider.openai_url, max_retries=0) as first,
+        anthropic.Anthropic(api_key="sk-ant-mine", base_url=provider.anthropic_url, max_retries=0) as second,
     ):
         yield Clients(first, second)
+
+
+@pytest.fixture(scope="module")
+def clients(process: ProviderServer) -> Iterator[Clients]:
+    with clients_of(process) as clients:
+        yield clients
 
 
 @pytest.fixture
@@ -946,6 +955,100 @@ def test_every_scenario_is_listed_with_what_it_does() -> None:
     assert [line.split()[0] for line in lines] == list(scenarios.SCENARIOS)
     assert all(len(line.split()) > 2 for line in lines)
     assert FAKE_ANTHROPIC_KEY in SECRETS
+
+
+# The provider: over TLS
+
+
+@pytest.fixture(scope="module")
+def tls_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProviderServer]:
+    with ProviderServer(tls=tmp_path_factory.mktemp("ca")) as provider:
+        yield provider
+
+
+@pytest.fixture
+def tls(tls_process: ProviderServer) -> ProviderServer:
+    tls_process.reset()
+    return tls_process
+
+
+@pytest.fixture(scope="module")
+def tls_clients(tls_process: ProviderServer) -> Iterator[Clients]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSL_CERT_FILE", tls_process.environ["SSL_CERT_FILE"])
+        with clients_of(tls_process) as clients:
+            yield clients
+
+
+@BOTH
+def test_an_answer_comes_over_tls_where_its_ca_is_trusted(tls_clients: Clients, tls: ProviderServer, family: str) -> None:
+    heard = tls_clients.hear(f"{family}-test-hello")
+
+    assert tls.url.startswith("https://localhost:")
+    assert (heard.pieces, heard.done, heard.error) == (list(HELLO), True, None)
+    assert tls.requests()[-1].ended == "complete"
+
+
+@BOTH
+def test_a_ca_that_is_not_trusted_is_a_connection_error(
+    tls: ProviderServer, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+
+    with clients_of(tls) as clients:
+        error = clients.hear(f"{family}-test-hello").error
+
+    assert isinstance(error, openai.APIConnectionError | anthropic.APIConnectionError)
+    assert isinstance(error.__cause__, httpx2.ConnectError)
+    assert "CERTIFICATE_VERIFY_FAILED" in str(error.__cause__)
+    assert tls.requests() == []
+
+
+@BOTH
+@pytest.mark.parametrize("scenario", ["hangup", "cut"])
+def test_over_tls_a_reset_looks_like_a_hangup_to_both_sdks(tls_clients: Clients, family: str, scenario: str) -> None:
+    heard = tls_clients.hear(f"{family}-test-{scenario}-k2")
+
+    assert heard.text == "".join(words(2))
+    assert type(heard.error) is {"gpt": openai.APIConnectionError, "claude": httpx2.RemoteProtocolError}[family]
+    raw = heard.error.__cause__ if isinstance(heard.error, openai.APIConnectionError) else heard.error
+    assert isinstance(raw, httpx2.RemoteProtocolError) and "incomplete chunked read" in str(raw)
+
+
+@BOTH
+def test_over_tls_a_client_that_leaves_is_noticed(tls_clients: Clients, tls: ProviderServer, family: str) -> None:
+    heard = tls_clients.hear(f"{family}-test-stall-k1", timeout=0.2)
+    tls.wait_for_open_streams(0)
+
+    assert heard.text == "word1 "
+    assert isinstance(heard.error, openai.APITimeoutError | httpx2.ReadTimeout)
+    assert tls.requests()[-1].client_left
+
+
+def ask_over_tls(provider: ProviderServer, model: str) -> ssl.SSLSocket:
+    """A connection that tells an end without close_notify apart, with a request on it."""
+    body = json.dumps({"model": model, "stream": True, "messages": [{"role": "user", "content": "hi"}]})
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nAuthorization: Bearer x\r\nContent-Length: {len(body)}\r\n\r\n"
+    plain = socket.create_connection(("127.0.0.1", int(provider.url.rpartition(":")[2])), timeout=5)
+    context = ssl.create_default_context(cafile=provider.ca)
+    encrypted = context.wrap_socket(plain, server_hostname="127.0.0.1", suppress_ragged_eofs=False)
+    encrypted.sendall((head + body).encode())
+    return encrypted
+
+
+def test_a_hangup_over_tls_says_no_close_notify(tls: ProviderServer) -> None:
+    with ask_over_tls(tls, "gpt-test-hangup-k1") as encrypted, pytest.raises(ssl.SSLEOFError):
+        while encrypted.recv(65536):
+            pass
+
+
+def test_a_cut_over_tls_is_a_reset(tls: ProviderServer) -> None:
+    encrypted = ask_over_tls(tls, "gpt-test-cut-k1")
+
+    with socket.socket(fileno=encrypted.detach()) as plain, pytest.raises(ConnectionResetError):
+        plain.settimeout(5)
+        while plain.recv(65536):
+            pass
 
 
 # The receiver

@@ -2,11 +2,13 @@
 
 One thread per connection, from the plain standard library: under gevent's monkey patching these are greenlets.
 Connections are kept alive, as real providers and n8n do. Nagle is off, so one `send` is one segment unless the reader
-is slow.
+is slow. With TLS each connection is wrapped: one `send` is then one record, and every ending is without close_notify, as
+when a proxy or a process dies.
 """
 
 import contextlib
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -102,7 +104,7 @@ class Connection:
         while (left := until - time.monotonic()) > 0:
             try:
                 self._socket.settimeout(left)
-                data = self._socket.recv(1, socket.MSG_PEEK)
+                data = self._socket.recv(65536)  # TLS cannot peek
                 self._socket.settimeout(None)
             except TimeoutError:
                 with contextlib.suppress(OSError):
@@ -112,10 +114,11 @@ class Connection:
                 raise ClientGone(str(error)) from error
             if not data:
                 raise ClientGone("closed")
-            time.sleep(min(left, 0.01))  # the client has sent more (a pipelined request): it is still there
+            self._buffer += data  # of a pipelined request: the client is still there
 
     def close(self) -> None:
         """The polite ending: what was written arrives, then FIN."""
+        # An SSLSocket's shutdown() is the plain one: only its unwrap() would say close_notify.
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
@@ -133,12 +136,15 @@ Handler = Callable[[Connection, Request], None]
 class Server:
     """Listens on 127.0.0.1 and calls `handle` for each request, one after another on each connection.
 
+    tls: a server's context, for a TLS listener; a client that does not shake hands is one that has gone.
+
     `stop` closes the listener and all connections and waits for their threads: nothing is left behind. A handler that
     raises ClientGone, or has ended the connection itself, is normal.
     """
 
-    def __init__(self, handle: Handler) -> None:
+    def __init__(self, handle: Handler, tls: ssl.SSLContext | None = None) -> None:
         self._handle = handle
+        self._tls = tls
         self._listener: socket.socket | None = None
         self._reserved: socket.socket | None = None
         self._threads: dict[threading.Thread, Connection | None] = {}
@@ -204,6 +210,9 @@ class Server:
             except OSError:
                 return
             try:
+                if self._tls is not None:
+                    # The handshake is a part of the first read, in the connection's own thread.
+                    sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
                 connection = Connection(sock)
             except OSError:  # gone already
                 sock.close()

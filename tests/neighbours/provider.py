@@ -3,17 +3,20 @@
 `python -m tests.neighbours.provider` listens on a port that the system chooses, says `listening 127.0.0.1:PORT` in one
 line, and ends when its standard input is closed or its parent is gone, so that no test run leaves one behind. What
 the models do is in `scenarios`. It refuses what the real ones refuse first: no key, no model, no messages, Anthropic
-without max_tokens.
+without max_tokens. `--tls FOLDER` makes it speak TLS, with a certificate for localhost and 127.0.0.1 by a CA of its own,
+which it writes to FOLDER/ca.pem.
 
 For tests: `GET /_requests` (what was asked, oldest first, and how each ended), `GET /_open` (streams that are being
 written now), `POST /_release` (models that `hold` go on), `POST /_models` (the list of models is answered with the status
 in the body from then on; 0: not at all), `POST /_reset` (forget the requests, the -x counts and that status).
 """
 
+import argparse
 import http.client
 import json
 import os
 import select
+import ssl
 import subprocess
 import sys
 import threading
@@ -50,6 +53,7 @@ from tests.neighbours.wires import AnthropicWire, OpenAIWire, Whole, Wire, model
 
 SHRED_PAUSE = 0.0003  # long enough that the reader sees two reads, short enough for texts of some hundred characters
 HOLD_POLL = 0.005
+CA_FILE = "ca.pem"
 APIS = {"/v1/chat/completions": "openai", "/v1/messages": "anthropic"}
 
 
@@ -340,9 +344,12 @@ class ProviderServer:
         client = openai.OpenAI(api_key="any", base_url=provider.openai_url, max_retries=0)
         ...
         assert provider.requests()[-1].ended == "complete"
+
+    tls: a folder for its CA; it speaks TLS then, at https://localhost:PORT.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tls: Path | None = None) -> None:
+        self._tls = tls
         self._process: subprocess.Popen[str] | None = None
         self._port = 0
 
@@ -356,7 +363,7 @@ class ProviderServer:
     def start(self) -> None:
         """Start the process; returns when it listens. Raises RuntimeError with its output when it does not."""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.neighbours.provider"],
+            [sys.executable, "-m", "tests.neighbours.provider", *(("--tls", str(self._tls)) if self._tls else ())],
             cwd=Path(__file__).parents[2],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -384,8 +391,14 @@ class ProviderServer:
 
     @property
     def url(self) -> str:
-        """`http://127.0.0.1:PORT`, which is also what the Anthropic SDK takes as its base URL."""
-        return f"http://{HOST}:{self._port}"
+        """`http://127.0.0.1:PORT` or `https://localhost:PORT`: also what the Anthropic SDK takes as its base URL."""
+        return f"https://localhost:{self._port}" if self._tls else f"http://{HOST}:{self._port}"
+
+    @property
+    def ca(self) -> Path:
+        """The CA to trust."""
+        assert self._tls is not None
+        return self._tls / CA_FILE
 
     @property
     def openai_url(self) -> str:
@@ -400,7 +413,8 @@ class ProviderServer:
     @property
     def openai_environ(self) -> dict[str, str]:
         """The variables that point a service at this provider as OpenAI alone: one SDK less to import, at every start."""
-        return {"OPENAI_API_KEY": "sk-test-openai", "OPENAI_BASE_URL": self.openai_url}
+        trust = {"SSL_CERT_FILE": str(self.ca)} if self._tls else {}
+        return {"OPENAI_API_KEY": "sk-test-openai", "OPENAI_BASE_URL": self.openai_url, **trust}
 
     @property
     def environ(self) -> dict[str, str]:
@@ -440,7 +454,11 @@ class ProviderServer:
         self._call("POST", "/_reset")
 
     def _call(self, method: str, path: str, body: str | None = None) -> Any:
-        connection = http.client.HTTPConnection(HOST, self._port, timeout=10)
+        if self._tls:
+            context = ssl.create_default_context(cafile=self.ca)
+            connection: http.client.HTTPConnection = http.client.HTTPSConnection(HOST, self._port, timeout=10, context=context)
+        else:
+            connection = http.client.HTTPConnection(HOST, self._port, timeout=10)
         try:
             connection.request(method, path, body)
             return json.loads(connection.getresponse().read())
@@ -457,16 +475,32 @@ def _live_until_orphaned() -> None:
             return
 
 
-def main() -> None:
+def _tls_context(folder: Path) -> ssl.SSLContext:
+    """A server's context with a certificate by a new CA, which is written into `folder`."""
+    import trustme  # only here: with cryptography it takes longer to import than everything else
+
+    ca = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    ca.issue_cert("localhost", HOST).configure_cert(context)
+    ca.cert_pem.write_to_path(folder / CA_FILE)
+    return context
+
+
+def main(tls: Path | None) -> None:
     """Serve until the parent is gone."""
-    with Server(Provider().handle) as server:
+    with Server(Provider().handle, _tls_context(tls) if tls else None) as server:
         print(f"listening {HOST}:{server.port}", flush=True)
         _live_until_orphaned()
         os._exit(0)  # streams in progress end as a killed provider's would: cut
 
 
 if __name__ == "__main__":
-    from gevent import monkey
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tls", type=Path, metavar="FOLDER")
+    folder = parser.parse_args().tls
+    if folder is None:
+        from gevent import monkey
 
-    monkey.patch_all(ssl=False)  # greenlets instead of threads; nothing here speaks TLS, and ssl is imported already
-    main()
+        # Greenlets instead of threads. Without ssl, which is imported already: with TLS they are real threads.
+        monkey.patch_all(ssl=False)
+    main(folder)
