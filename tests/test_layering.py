@@ -29,6 +29,7 @@ ORDER = """
     connections  pulse
     providers.openai  providers.anthropic  providers.echo
     providers.wire  providers.base
+    estimate
     callback  telemetry  destination
     environment  shared_metrics
     tokens
@@ -65,6 +66,7 @@ ONLY = {
     "structlog": ["telemetry"],
     "prometheus_client": ["telemetry"],
     "rich": ["cli"],
+    "tiktoken": ["estimate"],
 }
 
 
