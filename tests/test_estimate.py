@@ -105,6 +105,10 @@ def test_without_an_encoding_four_characters_are_a_token(text: str, tokens: int)
         ("", "ValueError: Unknown encoding ."),
         ("aistream_raises", "RuntimeError: this plugin is broken"),
         ("aistream_letters", r"KeyError: b'\x00'"),
+        (
+            "aistream_twice",
+            "PanicException: Encoder and decoder must be of equal length. Encoder length: 257, decoder length: 256.",
+        ),
     ],
 )
 def test_an_encoding_that_cannot_be_used_leaves_the_characters_and_a_reason(encoding: str, reason: str) -> None:

@@ -27,6 +27,11 @@ def _panics() -> dict[str, Any]:
     return _encoding("aistream_panics", _BYTES, r"(?:(?:x|xx)(?!z))+y|[\s\S]")
 
 
+def _twice() -> dict[str, Any]:
+    """Gives one number to two tokens, at which tiktoken panics."""
+    return _encoding("aistream_twice", _BYTES | {b"token": 0})
+
+
 def _raises() -> dict[str, Any]:
     raise RuntimeError("this plugin is broken")
 
@@ -35,5 +40,6 @@ ENCODING_CONSTRUCTORS: dict[str, Callable[[], dict[str, Any]]] = {
     "aistream_test": _small,
     "aistream_letters": _letters_only,
     "aistream_panics": _panics,
+    "aistream_twice": _twice,
     "aistream_raises": _raises,
 }
