@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from aistream.endpoints import ANTHROPIC_URL, OPENAI_URL, Endpoint, endpoints
 from aistream.errors import ConfigError
 
-OPENAI_URL = "https://api.openai.com/v1"
-ANTHROPIC_URL = "https://api.anthropic.com"
 #: Any port of this machine, as a browser writes the origin: allowed by CORS in DEV_MODE.
 LOOPBACK_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 
@@ -136,6 +135,12 @@ def _base_url(value: str) -> str:
     if "?" in value or "#" in value:
         raise _Bad("a URL without query and fragment")
     return value.rstrip("/")
+
+
+def _date(value: str) -> str:
+    if value and not re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", value):
+        raise _Bad("a date such as 2023-06-01")
+    return value
 
 
 def _provider_url(value: str) -> str:
@@ -303,13 +308,56 @@ class Config:
     openai_base_url: str = _setting(_provider_url, OPENAI_URL, "Where the OpenAI SDK sends its requests.")
     anthropic_api_key: str = _setting(_text, "", "Turns on the Anthropic models.", secret=True)
     anthropic_base_url: str = _setting(_provider_url, ANTHROPIC_URL, "Where the Anthropic SDK sends its requests.")
+    anthropic_version: str = _setting(
+        _date,
+        "",
+        "The version of Anthropic's API, such as 2023-06-01. Empty: the one that the SDK is made for, which has no temperature "
+        "and no top_p any more.",
+    )
+    models_file: str = _setting(
+        _text,
+        "",
+        "A TOML file with more servers of models (Ollama, vLLM, OpenRouter, Mistral, …), default parameters and limits: "
+        "docs/providers.md. Relative to this folder. The variables with their keys stand here too.",
+    )
     default_model: str = _setting(
         _text, "", "Model of an init that names none. Empty: gpt-4; in DEV_MODE without an OpenAI key: echo."
     )
     default_provider: str = _setting(
-        _choice("", "openai", "anthropic", "echo"),
+        str.lower,
         "",
-        "openai or anthropic: takes the models whose name tells no provider. Empty: such a model is refused at init.",
+        "openai, anthropic or an alias of MODELS_FILE: takes the models whose name tells no provider. Empty: such a model is "
+        "refused at init.",
+    )
+    provider_retries: int = _setting(
+        _whole(0, 10),
+        "2",
+        "How often a model that failed before its first token is asked again, before fallbackModels are.",
+    )
+    provider_backoff_seconds: float = _setting(
+        _seconds(0, 10),
+        "0.5",
+        "Seconds before the first of these retries (varied by 20 %), doubled before each further one. A Retry-After of up to "
+        "10 s is waited for; after a longer one the model is not asked again.",
+    )
+    provider_concurrency: int = _setting(
+        _whole(1, 100_000),
+        "10000",
+        "Answers of one provider that are being written at the same time, on each worker. MODELS_FILE may have others for some.",
+    )
+    provider_queue: int = _setting(
+        _whole(0, 100_000),
+        "1000",
+        "Answers that wait for a place with a provider, on each worker; further ones end as overloaded.",
+    )
+    provider_queue_seconds: float = _setting(
+        _seconds(0, 3_600), "30", "Longest wait for such a place; then the answer ends as overloaded."
+    )
+    token_encoding: str = _setting(
+        _text,
+        "o200k_base",
+        "The tiktoken encoding that estimates the tokens of an answer that was stopped or cut. It is used when it is at hand "
+        "(TIKTOKEN_CACHE_DIR) and never downloaded; without it, four characters count as a token.",
     )
 
     resume_url_allowed_origins: tuple[str, ...] = _setting(
@@ -375,6 +423,21 @@ class Config:
         "30",
         "A viewer that has not taken what was sent to it for this long is dropped; it can come back, and goes on where it was.",
     )
+    first_token_seconds: float = _setting(
+        _seconds(0.1, 3_600), "60", "Longest wait for a model's first token, keep-alives or not; then the next fallback is asked."
+    )
+    reasoning_first_token_seconds: float = _setting(
+        _seconds(0.1, 3_600), "300", "The same for models that think first (o3, gpt-5, …), or where reasoning_effort asks for it."
+    )
+    first_token_budget_seconds: float = _setting(
+        _seconds(0.1, 3_600),
+        "120",
+        "For all attempts, retries and fallbacks together, waits in a provider's queue not counted; at least what the first "
+        "model may take for its first token.",
+    )
+    silence_seconds: float = _setting(
+        _seconds(0.1, 3_600), "60", "Longest silence of a provider in mid-answer; then the answer ends as failed, with its part."
+    )
     max_stream_seconds: float = _setting(_seconds(1, 7_200), "600", "Longest generation; then it ends as failed.")
     drain_seconds: float = _setting(
         _seconds(0, 3_600),
@@ -409,9 +472,12 @@ class Config:
         _choice("auto", "json", "console"), "auto", "json, console, or auto: JSON unless standard output is a terminal."
     )
 
+    #: OpenAI, Anthropic, and the servers of MODELS_FILE.
+    endpoints: tuple[Endpoint, ...] = ()
+
     @classmethod
-    def from_env(cls, environ: Mapping[str, str]) -> Config:
-        """The configuration that `environ` describes. An empty variable is an unset one.
+    def from_env(cls, environ: Mapping[str, str], read: Callable[[str], str] | None = None) -> Config:
+        """The configuration that `environ` describes. An empty variable is an unset one. `read` gives a file's text.
 
         Raises ConfigError that names every fault; the value of a secret is never in it.
         """
@@ -425,7 +491,18 @@ class Config:
                 shown = "has a value that cannot be used" if setting.secret else f"is {raw!r}"
                 faults.append(f"{name} {shown}: expected {bad}")
                 values[name.lower()] = setting.parse("") if setting.secret else setting.parse(setting.default)
-        config = cls(**values)
+        text = ""
+        if values["models_file"]:
+            try:
+                text = read(values["models_file"]) if read else ""
+            except (OSError, ValueError) as error:
+                kind = "is no UTF-8" if isinstance(error, ValueError) else error.strerror
+                faults.append(f"MODELS_FILE is {values['models_file']!r}, which cannot be read: {kind}")
+        found, wrong = endpoints(
+            text, environ, values["openai_base_url"], values["anthropic_base_url"], values["anthropic_version"]
+        )
+        faults += [f"MODELS_FILE {line}" for line in wrong]
+        config = cls(**values, endpoints=found)
         named = {fault.split(" ", 1)[0] for fault in faults}
         faults += [f"{name} {text}" for name, text in config._demands() if name not in named]
         if faults:
@@ -446,6 +523,9 @@ class Config:
             # RFC 7518 3.2; PyJWT warns at each token otherwise.
             text = f"has {len(self.jwt_secret.encode())} bytes: expected at least {size} random bytes for {self.jwt_algorithm}"
             found.append(("JWT_SECRET", text))
+        names = [endpoint.name for endpoint in self.endpoints]
+        if self.default_provider not in ("", "echo", *names):
+            found.append(("DEFAULT_PROVIDER", f"is {self.default_provider!r}: expected one of {', '.join(names)}"))
         if self.callback_secret_previous and not self.callback_secret:
             found.append(("CALLBACK_SECRET_PREVIOUS", "is set alone: expected CALLBACK_SECRET beside it"))
         # JSON writes a control character of the answer as six bytes; the prompt and what is echoed came in with the body.
@@ -493,7 +573,7 @@ class Config:
 
 def settings() -> dict[str, Setting]:
     """Every setting by its variable's name, in the order of the manual."""
-    return {field.name.upper(): field.metadata["setting"] for field in dataclasses.fields(Config)}
+    return {field.name.upper(): field.metadata["setting"] for field in dataclasses.fields(Config) if field.metadata}
 
 
 _SECTIONS = {

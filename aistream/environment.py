@@ -34,7 +34,7 @@ def load(environ: Mapping[str, str] | None = None, root: Path | None = None) -> 
     values |= {name: value for name, value in environ.items() if value.strip()}
     if not values.get("JWT_SECRET") and values.get("DEV_MODE", "").strip().lower() in ("true", "1", "yes", "on"):
         values["JWT_SECRET"] = _dev_secret(root / ".dev-secret")
-    return Config.from_env(values)
+    return Config.from_env(values, lambda path: (root / path).read_text(encoding="utf-8"))
 
 
 def _root() -> Path:

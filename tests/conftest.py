@@ -113,7 +113,7 @@ def config() -> Config:
 
 def make_config(**environ: str) -> Config:
     """A DEV_MODE configuration, with these variables on top."""
-    return Config.from_env({"DEV_MODE": "true", "JWT_SECRET": SECRET, **environ})
+    return Config.from_env({"DEV_MODE": "true", "JWT_SECRET": SECRET, **environ}, lambda path: Path(path).read_text())
 
 
 @pytest.fixture(params=["embedded", "redis"])

@@ -13,7 +13,8 @@ import jwt
 import pytest
 
 from aistream.app import create_app
-from aistream.config import ANTHROPIC_URL, OPENAI_URL, Config, manual, origin_of, settings
+from aistream.config import Config, manual, origin_of, settings
+from aistream.endpoints import ANTHROPIC_URL, OPENAI_URL
 from aistream.environment import load
 from aistream.errors import ConfigError
 from aistream.tokens import Caller, Tokens
@@ -69,6 +70,10 @@ def test_production_starts_with_its_three_demands_and_sensible_defaults() -> Non
     assert (config.log_level, config.log_format, config.metrics_token) == ("info", "auto", "")
     assert (config.callback_secret, config.callback_secret_previous, config.callback_headers) == (b"", b"", ())
     assert (config.callback_concurrency, config.resume_url_rewrite) == (20, ())
+    assert (config.first_token_seconds, config.reasoning_first_token_seconds, config.first_token_budget_seconds) == (60, 300, 120)
+    assert (config.silence_seconds, config.provider_retries, config.provider_backoff_seconds) == (60, 2, 0.5)
+    assert (config.provider_concurrency, config.provider_queue, config.provider_queue_seconds) == (10_000, 1_000, 30)
+    assert (config.models_file, config.anthropic_version, config.token_encoding) == ("", "", "o200k_base")
 
 
 def test_an_empty_variable_is_an_unset_one() -> None:
@@ -176,7 +181,10 @@ DELAYS = "seconds before each attempt separated by commas, each from 0 to 86400"
         ("LOG_LEVEL", "loud", "is 'loud': expected one of debug, info, warning, error"),
         ("JWT_ALGORITHM", "none", "is 'none': expected one of HS256, HS384, HS512"),
         ("JWT_ALGORITHM", "RS256", "is 'RS256': expected one of HS256, HS384, HS512"),
-        ("DEFAULT_PROVIDER", "google", "is 'google': expected one of (empty), openai, anthropic, echo"),
+        ("DEFAULT_PROVIDER", "google", "is 'google': expected one of openai, anthropic"),
+        ("ANTHROPIC_VERSION", "latest", "is 'latest': expected a date such as 2023-06-01"),
+        ("PROVIDER_RETRIES", "11", "is '11': expected a whole number from 0 to 10"),
+        ("FIRST_TOKEN_SECONDS", "0", "is '0': expected a number of seconds from 0.1 to 3600"),
         ("CALLBACK_SCHEDULE", "0,1,soon", f"is '0,1,soon': expected {DELAYS}"),
         ("CALLBACK_SCHEDULE", "0,", f"is '0,': expected {DELAYS}"),
         ("CALLBACK_SCHEDULE", "86401", f"is '86401': expected {DELAYS}"),
