@@ -10,6 +10,7 @@ from aistream.background import Background
 from aistream.config import Config
 from aistream.delivery import SENDERS, Delivery
 from aistream.destination import Destinations
+from aistream.estimate import Estimator
 from aistream.follower import Follower
 from aistream.generation import Generations
 from aistream.outbound import Outbound
@@ -32,7 +33,8 @@ def create_app(config: Config, *, store: Store | None = None) -> Flask:
     recall = Recall(config, store)
     destinations = Destinations(config)
     delivery = Delivery(config, store.outbox, destinations, Outbound(destinations, pool_size=SENDERS), recall)
-    generations = Generations(config, store, providers, writer, recall, pulse, on_ended=delivery.wake)
+    estimator = Estimator(config.token_encoding)
+    generations = Generations(config, store, providers, writer, recall, pulse, estimator, on_ended=delivery.wake)
     follower = Follower(store, config)
     viewing = Viewing(config, generations, follower)
     background = Background(config, store, providers, writer, follower, recall, pulse, generations, viewing, delivery)

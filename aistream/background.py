@@ -13,6 +13,7 @@ from functools import partial
 import gevent
 from gevent.event import Event as Signal
 
+from aistream.asking import watch_period
 from aistream.config import Config
 from aistream.delivery import Delivery
 from aistream.errors import StoreUnavailable
@@ -78,6 +79,7 @@ class Background:
                     ("renewal", config.lease_seconds / 3, generations.renew),
                     ("attempts", config.lease_seconds / 3, delivery.hold),
                     ("stops", POLL / 2, generations.stop_cancelled),
+                    ("silences", watch_period(config), generations.end_silences),
                     ("viewers", WATCH, lambda: generations.stop_unwatched(viewing.take_watched())),
                     ("claims", POLL, generations.confirm),
                     ("recall", POLL, recall.step),
@@ -90,6 +92,11 @@ class Background:
         if not self._loops and not self.draining:
             self._loops = [gevent.spawn(run) for run in self._runs]
             self._providers.warm_up()
+            estimator = self._generations.estimator
+            estimator.load()
+            lines.info(
+                "tokens.estimated_by", method=estimator.method, **({"reason": estimator.reason} if estimator.reason else {})
+            )
 
     def stop(self) -> None:
         """Ends the loops at once. What was running here is recovered by another worker, as after a crash."""

@@ -155,9 +155,11 @@ def payload(session: Session, attempt: int) -> bytes:
         "error": error_of(ending),
         "model": outcome.model,
         "requested_model": request.requested_model,
-        "provider": request.provider,
+        "provider": outcome.provider or request.provider,
+        "provider_requests": outcome.requests,
+        "warnings": outcome.warnings,
         "usage": usage_of(outcome),
-        "timings": timings(session.created_at, session.started_at, session.ended_at, outcome.first_token_ms),
+        "timings": timings(session.created_at, session.started_at, session.ended_at, outcome),
         "attempt": attempt,
         "metadata": request.metadata,
     }
@@ -173,9 +175,11 @@ def description(record: Record) -> dict[str, Any]:
         "finish_reason": finish_reason(outcome.ending) if outcome else None,
         "error": error_of(outcome.ending) if outcome else None,
         "model": outcome.model if outcome else record.start.model,
-        "provider": record.start.provider,
+        "provider": (outcome.provider if outcome else "") or record.start.provider,
+        "provider_requests": outcome.requests if outcome else None,
+        "warnings": outcome.warnings if outcome else [],
         "usage": usage_of(outcome) if outcome else None,
-        "timings": timings(record.created_at, record.started_at, record.ended_at, outcome.first_token_ms if outcome else None),
+        "timings": timings(record.created_at, record.started_at, record.ended_at, outcome),
         "callback": callback
         and {
             "state": callback.state,
@@ -221,17 +225,20 @@ def usage_of(outcome: Outcome) -> dict[str, Any]:
         "cached_input_tokens": usage.cached_input_tokens,
         "reasoning_tokens": usage.reasoning_tokens,
         "source": usage.source,
+        "estimated_by": usage.estimated_by,
     }
 
 
-def timings(created_at: int, started_at: int | None, ended_at: int | None, first_token_ms: int | None) -> dict[str, Any]:
-    """When what happened: points in time in ms since 1970, the first token in ms since the generation began."""
+def timings(created_at: int, started_at: int | None, ended_at: int | None, outcome: Outcome | None) -> dict[str, Any]:
+    """When what happened, and how long it took. The arguments are points in time in ms since 1970."""
+    first_token_ms = outcome.first_token_ms if outcome else None
     first_token = None if started_at is None or first_token_ms is None else started_at + first_token_ms
     return {
         "created_at": timestamp(created_at),
         "started_at": timestamp(started_at),
         "first_token_at": timestamp(first_token),
         "ended_at": timestamp(ended_at),
+        "queued_ms": outcome.queued_ms if outcome else None,
         "time_to_first_token_ms": first_token_ms,
         "duration_ms": None if started_at is None or ended_at is None else ended_at - started_at,
     }

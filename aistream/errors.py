@@ -157,13 +157,28 @@ _REFUSALS: dict[str, tuple[int, bool, str]] = {
 class ProviderFailed(AistreamError):
     """The provider did not bring the answer to an end.
 
-    `code` and `message` are public and stable; `retryable` tells whether the same request may succeed later.
-    `log_detail` is for the operator's log only and holds no text of the provider (keys and organisation ids occur there).
+    `code` and `message` are public and stable; `retryable` tells whether the same request may succeed later. `again`: whether
+    the same model is worth asking again at once, and `retry_after` in how many seconds, where the provider said so.
+    `parameters`: those of the request that it does not take, if that was all. `log_detail` is for the operator's log only:
+    the provider's own words are redacted there (keys and organisation ids occur in them).
     """
 
-    def __init__(self, code: str, message: str, *, retryable: bool, log_detail: Mapping[str, object] | None = None) -> None:
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        retryable: bool,
+        again: bool | None = None,
+        retry_after: float | None = None,
+        parameters: Sequence[str] = (),
+        log_detail: Mapping[str, object] | None = None,
+    ) -> None:
         super().__init__(code)
         self.code = code
         self.message = message
         self.retryable = retryable
+        self.again = retryable if again is None else again
+        self.retry_after = retry_after
+        self.parameters = tuple(parameters)
         self.log_detail = dict(log_detail or {})

@@ -57,13 +57,18 @@ class Reasoning(msgspec.Struct, frozen=True, tag_field="type", tag="reasoning"):
 
 
 class Usage(msgspec.Struct, frozen=True, tag_field="type", tag="usage"):
-    """Tokens of the whole generation. `source` is `provider`, `partial` or `estimated`."""
+    """Tokens of the whole generation. `input_tokens` include the cached ones, `output_tokens` those of its reasoning.
+
+    `source`: `provider`, where all figures are its own; `partial`: it has said a part; `estimated`: none. `estimated_by`: how
+    the rest was estimated, `tiktoken` or `characters`.
+    """
 
     input_tokens: int
     output_tokens: int
     cached_input_tokens: int = 0
     reasoning_tokens: int = 0
     source: str = "provider"
+    estimated_by: str | None = None
 
 
 class End(msgspec.Struct, frozen=True, tag_field="type", tag="end"):

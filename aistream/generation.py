@@ -10,19 +10,21 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 
 import gevent
 import msgspec
 from gevent.event import AsyncResult
 from gevent.lock import BoundedSemaphore
 
+from aistream import telemetry
+from aistream.asking import Asking
 from aistream.config import Config, origin_of
 from aistream.errors import ProviderFailed, StoreUnavailable
+from aistream.estimate import Estimator
 from aistream.events import Cursor, End, Ending, Event, Failed, Reasoning, Text, Usage
 from aistream.log import Log
 from aistream.providers import Providers
-from aistream.providers.base import Model
 from aistream.pulse import Pulse
 from aistream.recall import Recall, Told
 from aistream.session import (
@@ -88,7 +90,8 @@ class Generation:
         self._first_token: float | None = None
         self._usage: Usage | None = None
         self._answer_bytes = 0
-        self._model = Model(claimed.request.model)
+        #: Its way to an answer.
+        self.asking = Asking(generations.config, generations.providers, claimed.request, session_id)
         self._cutters: dict[type[Text | Reasoning], Cutter] = {Text: Cutter(), Reasoning: Cutter()}
 
     def start(self) -> None:
@@ -117,14 +120,19 @@ class Generation:
         for kind, cutter in self._cutters.items():
             for piece in cutter.end():
                 self._append(kind(piece))
-        usage = self._usage or _estimate(self.request, self.log.answer())
+        usage = self._usage or self._estimate()
         if isinstance(ending, End):
             self._append(usage)
+        asking = self.asking
         outcome = Outcome(
             ending=ending,
-            model=self._model.name,
+            model=asking.call.model,
             usage=usage,
             first_token_ms=None if self._first_token is None else round((self._first_token - self._started) * 1000),
+            provider=asking.route.provider,
+            queued_ms=round(asking.queued * 1000),
+            requests=asking.requests,
+            warnings=tuple(asking.left_out()),
         )
         finished = self._commit(ending, outcome)
         if finished is None:
@@ -159,21 +167,13 @@ class Generation:
         except _OutOfTime:
             return TIMED_OUT
         except ProviderFailed as failed:
-            lines.warning(
-                "provider.failed",
-                session=self.session_id,
-                provider=self.request.provider,
-                code=failed.code,
-                **failed.log_detail,
-            )
             return Failed(failed.code, failed.message, failed.retryable)
         except Exception as error:  # whatever a provider does, n8n is told how it ended
-            lines.error("provider.broke", session=self.session_id, provider=self.request.provider, error=error)
+            lines.error("provider.broke", session=self.session_id, provider=self.asking.route.provider, error=error)
             return INTERNAL
 
     def _ask_provider(self) -> Ending:
-        events = self._all.providers[self.request.provider].stream(self.request, self._model)
-        try:
+        with closing(self.asking.events()) as events:
             for event in events:
                 if isinstance(event, End):
                     return event
@@ -181,10 +181,23 @@ class Generation:
                     self._usage = event
                 elif not self._say(event):
                     return TOO_LONG
-        finally:
-            close: Callable[[], None] = getattr(events, "close", lambda: None)
-            close()
         return INTERNAL
+
+    def _estimate(self) -> Usage:
+        """The usage of an answer whose provider has not said it, or not to the end: what is known, and the rest estimated."""
+        estimator, call = self._all.estimator, self.asking.call
+        if call.usage is not None:
+            return msgspec.structs.replace(call.usage, source="partial")
+        if self.claimed.may_run and (call.refused or not self.asking.requests):
+            return Usage(0, 0, source="provider")  # nothing was answered, so nothing is billed
+        reasoning = estimator.tokens(self.log.reasoning())
+        output = estimator.tokens(self.log.answer()) + reasoning
+        if call.input is not None:
+            usage = msgspec.structs.replace(call.input, output_tokens=output, reasoning_tokens=reasoning, source="partial")
+        else:
+            asked = sum(map(estimator.tokens, self.request.texts()))
+            usage = Usage(asked, output, reasoning_tokens=reasoning, source="estimated")
+        return msgspec.structs.replace(usage, estimated_by=estimator.method)
 
     def _say(self, event: Text | Reasoning) -> bool:
         """Puts an event into the log, in the pieces that the wire can carry. False: the answer would be too long."""
@@ -263,6 +276,7 @@ class Generations:
         writer: LogWriter,
         recall: Recall,
         pulse: Pulse,
+        estimator: Estimator,
         on_ended: Callable[[str, str], None],
     ) -> None:
         """`on_ended` gets the id of a session that has just ended, and the origin that its callback goes to."""
@@ -271,6 +285,7 @@ class Generations:
         self.providers = providers
         self.writer = writer
         self.pulse = pulse
+        self.estimator = estimator
         self.running: dict[str, Generation] = {}
         #: Nothing begins here any more.
         self.closed = False
@@ -400,6 +415,12 @@ class Generations:
                 if session_id in self.running:
                     self.running[session_id].stop(CANCELLED)
 
+    def end_silences(self) -> None:
+        """Ends the calls of providers that have been silent for too long."""
+        now = time.monotonic()
+        for generation in list(self.running.values()):
+            generation.asking.check(now)
+
     def stop_unwatched(self, watched: set[str]) -> None:
         """Cancels the sessions that want it and have had no viewer for their time. `watched`: those with viewers here.
 
@@ -477,25 +498,25 @@ class Generations:
         return generation
 
 
-def _estimate(request: Request, answer: str) -> Usage:
-    """Tokens by the rule of thumb of four characters each, where the provider gave no figures."""
-    said = sum(len(message.content) for message in request.conversation()) + len(request.system or "")
-    return Usage(-(-said // 4), -(-len(answer) // 4), source="estimated")
-
-
 def _report(session_id: str, epoch: int, request: Request, outcome: Outcome, events: int, duration_ms: int) -> None:
     ending = outcome.ending
+    provider = outcome.provider or request.provider
+    reason = ending.code if isinstance(ending, Failed) else ending.finish_reason
+    telemetry.session_ended(state_of(ending).value, reason, provider, outcome.usage)
     lines.info(
         "session.ended",
         session=session_id,
         epoch=epoch,
         state=state_of(ending).value,
-        reason=ending.code if isinstance(ending, Failed) else ending.finish_reason,
-        provider=request.provider,
+        reason=reason,
+        provider=provider,
         model=outcome.model,
+        requests=outcome.requests,
         events=events,
         input_tokens=outcome.usage.input_tokens,
         output_tokens=outcome.usage.output_tokens,
+        usage_source=outcome.usage.source,
         first_token_ms=outcome.first_token_ms,
+        queued_ms=outcome.queued_ms,
         duration_ms=duration_ms,
     )

@@ -107,6 +107,10 @@ class Log:
         """The text so far, exactly as the provider wrote it."""
         return "".join([event.text for event in self.events if isinstance(event, Text)])
 
+    def reasoning(self) -> str:
+        """What the model thought aloud so far."""
+        return "".join([event.text for event in self.events if isinstance(event, Reasoning)])
+
     def add_waiter(self, waiter: Waiter[Any]) -> None:
         """Registers a reader that is about to wait. It is woken once, by the next append, and gets True."""
         self._waiters.append(waiter)

@@ -8,7 +8,7 @@ pending ──first viewer──► running ──► completed | failed | cance
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -47,18 +47,29 @@ class Message(msgspec.Struct, frozen=True):
     content: str
 
 
+class Route(NamedTuple):
+    """Where a model's name leads: the provider, and the name that it is asked for."""
+
+    provider: str
+    model: str
+
+
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     """What an accepted init asked for: all that the generation and the callback need, and nothing of how it was asked.
 
-    `user_id`, `chat_id` and `metadata` are echoed in the JSON type they came in. `disconnect_grace`: seconds after the last
-    viewer has left until the session is cancelled; None: it goes on without viewers. `immediate`: it waits for no viewer.
+    `max_tokens` None: as the provider's defaults have it. `fallbacks`: who is asked, in this order, when the model has failed
+    before its first token. `user_id`, `chat_id` and `metadata` are echoed in the JSON type they came in. `disconnect_grace`:
+    seconds after the last viewer has left until the session is cancelled; None: it goes on without viewers. `immediate`: it
+    waits for no viewer.
     """
 
     prompt: str
     requested_model: str
     model: str
     provider: str
-    max_tokens: int
+    max_tokens: int | None = None
+    fallbacks: tuple[Route, ...] = ()
+    reasoning_effort: str | None = None
     messages: tuple[Message, ...] = ()
     system: str | None = None
     temperature: float | None = None
@@ -74,14 +85,32 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
         """All turns in order; the prompt is the last."""
         return [*self.messages, Message("user", self.prompt)]
 
+    @property
+    def routes(self) -> list[Route]:
+        """Who is asked for the answer, one after the other."""
+        return [Route(self.provider, self.model), *self.fallbacks]
+
+    def texts(self) -> list[str]:
+        """Every text that goes to the model."""
+        return [self.system or "", *(message.content for message in self.messages), self.prompt]
+
 
 class Outcome(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How a generation ended, without its text. `first_token_ms`: milliseconds since it began."""
+    """How a generation ended, without its text.
+
+    `model`: as the provider that was asked last calls it; `provider`: that one, `""` for the one that was asked for.
+    `first_token_ms`: milliseconds since it began; `queued_ms`: how much of that it waited for a place with a provider.
+    `requests`: sent to providers, retries and fallbacks included. `warnings`: what of the request did not go to the model.
+    """
 
     ending: End | Failed
     model: str
     usage: Usage
     first_token_ms: int | None = None
+    provider: str = ""
+    queued_ms: int = 0
+    requests: int = 0
+    warnings: tuple[str, ...] = ()
 
 
 class Session(msgspec.Struct, frozen=True):

@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any, TextIO, cast
 
 import msgspec
@@ -20,6 +20,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from aistream.config import Config
+from aistream.events import Usage
 from aistream.session import Counts
 
 log: Any = structlog.get_logger("aistream")
@@ -42,6 +43,54 @@ _DELIVERY = Histogram(
     "aistream_callback_delivery_seconds",
     "Time from a session's ending to the delivery of its callback.",
     buckets=(0.05, 0.1, 0.25, 0.5, 1, 5, 15, 60, 300, 1_800, 7_200, 36_000),
+    registry=_REGISTRY,
+)
+
+_SESSIONS = Counter(
+    "aistream_sessions_ended",
+    "Sessions by how they ended: state, and finish reason or code of the failure.",
+    ["state", "reason", "provider"],
+    registry=_REGISTRY,
+)
+_TOKENS = Counter(
+    "aistream_tokens",
+    "Tokens of ended sessions: input, output; and who said so: provider, partial, estimated.",
+    ["provider", "kind", "source"],
+    registry=_REGISTRY,
+)
+_REQUESTS = Counter(
+    "aistream_provider_attempts",
+    "Attempts to get an answer from a provider, by what came of them: answered, stopped, or the code of the failure.",
+    ["provider", "outcome"],
+    registry=_REGISTRY,
+)
+_RETRIES = Counter(
+    "aistream_provider_retries", "Attempts that were made again with the same model.", ["provider"], registry=_REGISTRY
+)
+_FALLBACKS = Counter(
+    "aistream_provider_fallbacks",
+    "Answers for which this provider was given up for another model.",
+    ["provider"],
+    registry=_REGISTRY,
+)
+_ADAPTATIONS = Counter(
+    "aistream_provider_adaptations",
+    "Requests that were made once more without a parameter that the model does not take.",
+    ["provider", "parameter"],
+    registry=_REGISTRY,
+)
+_QUEUE = Histogram(
+    "aistream_provider_queue_seconds",
+    "Time that an answer waited for a place with its provider.",
+    ["provider"],
+    buckets=(0.001, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
+    registry=_REGISTRY,
+)
+_FIRST_TOKEN = Histogram(
+    "aistream_provider_first_token_seconds",
+    "Time from an attempt's beginning to its first token.",
+    ["provider"],
+    buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
     registry=_REGISTRY,
 )
 
@@ -74,6 +123,49 @@ def callback_attempted(outcome: str, seconds: float, age: float) -> None:
     _ATTEMPT.observe(seconds)
     if outcome == "delivered":
         _DELIVERY.observe(age)
+
+
+def session_ended(state: str, reason: str, provider: str, usage: Usage) -> None:
+    """Counts an ending and its tokens."""
+    _SESSIONS.labels(state, reason if reason in _REASONS or state != "completed" else "other", provider).inc()
+    _TOKENS.labels(provider, "input", usage.source).inc(usage.input_tokens)
+    _TOKENS.labels(provider, "output", usage.source).inc(usage.output_tokens)
+
+
+#: Finish reasons that are a label of their own; a compatible server may make up any.
+_REASONS = frozenset({"stop", "length", "content_filter", "refusal", "tool_calls", "pause_turn"})
+
+
+def provider_asked(provider: str, outcome: str) -> None:
+    """Counts an attempt that is over. `outcome`: answered, stopped or the code of the failure."""
+    _REQUESTS.labels(provider, outcome).inc()
+
+
+def provider_retried(provider: str) -> None:
+    """Counts a model that is asked again."""
+    _RETRIES.labels(provider).inc()
+
+
+def provider_fell_back(provider: str) -> None:
+    """Counts an answer that goes on to its next model. `provider`: the one that is given up."""
+    _FALLBACKS.labels(provider).inc()
+
+
+def provider_adapted(provider: str, model: str, parameters: Sequence[str]) -> None:
+    """Counts a request that is made once more without these, and says so: it happens about once an hour for a model."""
+    for parameter in parameters:
+        _ADAPTATIONS.labels(provider, parameter).inc()
+    log.info("provider.adapted", provider=provider, model=model, parameters=parameters)
+
+
+def provider_queued(provider: str, seconds: float) -> None:
+    """Notes how long a place with the provider was waited for."""
+    _QUEUE.labels(provider).observe(seconds)
+
+
+def provider_began(provider: str, seconds: float) -> None:
+    """Notes how long an attempt took to its first token."""
+    _FIRST_TOKEN.labels(provider).observe(seconds)
 
 
 class _Standing(Collector):

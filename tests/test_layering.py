@@ -21,6 +21,7 @@ ORDER = """
     api
     background
     viewing  delivery  generation
+    asking
     follower  writer  recall
     log
     store  providers  outbound
@@ -28,7 +29,9 @@ ORDER = """
     scripts
     connections  pulse
     providers.openai  providers.anthropic  providers.echo
-    providers.wire  providers.base
+    providers.wire
+    providers.failures
+    providers.base  providers.redaction  providers.adaptation  providers.bulkhead
     estimate
     callback  telemetry  destination
     environment  shared_metrics
@@ -37,12 +40,14 @@ ORDER = """
     sse
     events
     config
+    endpoints  retry_after
     errors
 """
 #: Who may import from its own line: a viewer in this process reads what the generation here writes.
 BESIDE = {"viewing": {"generation"}}
 
-PURE = ["config", "session", "events", "sse", "tokens", "callback", "destination", "errors"]
+PURE = ["config", "session", "events", "sse", "tokens", "callback", "destination", "endpoints", "retry_after", "errors"]
+PURE += ["providers.redaction"]
 #: What a pure module has no business with: the network, other processes, the disk, chance and the clock.
 IMPURE = """
     anthropic asyncio fakeredis flask flask_cors gevent greenlet gunicorn http httpx2 logging multiprocessing openai os pathlib

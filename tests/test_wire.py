@@ -14,11 +14,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aistream.errors import ProviderFailed
-from aistream.providers import wire
-from aistream.providers.wire import ServerEvent, server_events
+from aistream.providers import failures, wire
+from aistream.providers.base import Call
+from aistream.providers.wire import ServerEvent
+from aistream.session import Request
 
 #: No deadline: the machine may be busy with something else.
 EXAMPLES = settings(deadline=None)
+
+
+def call() -> Call:
+    """The note of a call."""
+    return Call(Request("Hello", "m", "m", "openai"), "m")
+
+
+def server_events(chunks: Iterable[bytes]) -> Iterable[list[ServerEvent]]:
+    """The events of a stream that arrives in these chunks, step by step."""
+    return wire.server_events(chunks, call())
 
 
 def flat(chunks: Iterable[bytes]) -> list[ServerEvent]:
@@ -149,21 +161,27 @@ def test_what_is_no_such_json_is_malformed(data: bytes) -> None:
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
-        ({"type": "overloaded_error", "message": "sk-secret"}, "provider_overloaded", ["overloaded_error"]),
+        ({"type": "overloaded_error", "message": "sk-secretsecret"}, "provider_overloaded", ["overloaded_error"]),
         ({"code": "insufficient_quota", "type": "insufficient_quota"}, "provider_quota", ["insufficient_quota"] * 2),
-        ({"code": "rate_limit_exceeded", "type": "tokens"}, "provider_rate_limited", ["rate_limit_exceeded", "tokens"]),
-        ({"type": "a new one, with org-1234"}, "provider_unavailable", [""]),
-        ({"type": ["x"], "code": 429}, "provider_unavailable", []),
+        ({"code": "rate_limit_exceeded", "type": "tokens"}, "provider_rate_limited", ["tokens", "rate_limit_exceeded"]),
+        ({"type": "a new one, with org-1234"}, "provider_unavailable", []),
+        ({"code": 429, "message": "upstream is busy"}, "provider_rate_limited", []),
+        ({"type": ["x"], "code": None}, "provider_unavailable", []),
+        (
+            {"type": "invalid_request_error", "message": "prompt is too long: 1 > 0"},
+            "context_length_exceeded",
+            ["invalid_request_error"],
+        ),
         ("text", "provider_unavailable", []),
         ([], "provider_unavailable", []),
         (None, "provider_unavailable", []),
     ],
 )
-def test_an_error_event_is_named_by_its_type_and_quoted_nowhere(error: object, code: str, words: list[str]) -> None:
-    failed = wire.error_event(error)
+def test_an_error_event_is_named_by_its_words_and_quoted_only_in_the_log(error: object, code: str, words: list[str]) -> None:
+    failed = failures.error_event(error, call(), "the-key")
 
-    assert (failed.code, failed.log_detail) == (code, {"provider_error": words})
-    assert "secret" not in failed.message
+    assert (failed.code, failed.log_detail["provider_error"]) == (code, words)
+    assert "secret" not in failed.message + str(failed.log_detail)
 
 
 def test_the_sdks_pool_tells_a_good_connection_from_a_closed_one_without_the_hub() -> None:

@@ -7,13 +7,20 @@ Every call of an SDK and every exception of one stays inside this package. What 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from gevent.pool import Pool
+
 from aistream.config import Config
-from aistream.errors import Fault, InvalidRequest
-from aistream.providers.base import Provider
+from aistream.endpoints import Endpoint
+from aistream.errors import Fault, InvalidRequest, ProviderFailed
+from aistream.providers.adaptation import Adaptations
+from aistream.providers.base import Call, Events, Provider
+from aistream.providers.bulkhead import Bulkhead
 from aistream.providers.echo import EchoProvider
+from aistream.session import Request, Route
 
 #: Which names belong to whom, where no prefix says so. Matched without regard to case.
 _PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -21,7 +28,15 @@ _PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"claude-", re.IGNORECASE), "anthropic"),
     (re.compile(r"echo\Z", re.IGNORECASE), "echo"),
 )
-_KEYS = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
+#: OpenAI's models that are no chat completions, among the names that look like theirs.
+_NO_CHAT = re.compile(r"-(audio|image|instruct|realtime|transcribe|tts|search)\b", re.IGNORECASE)
+#: Models that think before they write their first token, where their name tells it.
+_THINKS = re.compile(r"(.*/)?(o[0-9]|gpt-[5-9]|.*(reason|think|magistral|qwq|-r1\b))", re.IGNORECASE)
+#: Seconds for which the servers' lists of models are kept, those of servers that could not be asked, and for which one of them
+#: is waited for.
+LISTED = 300.0
+UNLISTED = 2.0
+LISTING = 5.0
 
 #: What the demo page offers of a configured provider.
 _SHOWN = {
@@ -31,72 +46,178 @@ _SHOWN = {
 }
 
 
-class Route(NamedTuple):
-    """Where a model's name leads: the provider, and the name that it is asked for."""
+class Listing(NamedTuple):
+    """What one provider has. `error`: the code of why it could not be asked, or `""`. `usable`: its key is there."""
 
-    provider: str
-    model: str
+    endpoint: Endpoint
+    usable: bool
+    routes: tuple[tuple[str, str], ...]
+    error: str
+
+
+class Served(NamedTuple):
+    """A provider, and the places that it has."""
+
+    provider: Provider
+    bulkhead: Bulkhead
 
 
 class Providers:
     """The configured providers. One SDK client each per process: a new one costs 41 ms of CPU."""
 
     def __init__(self, config: Config) -> None:
-        self._default = config.default_provider
-        self._providers: dict[str, Provider] = {}
-        # An SDK is imported only where it is configured: the two take seconds to load and 60 MB to hold.
-        if config.openai_api_key:
-            from aistream.providers.openai import OpenAIProvider
-
-            self._providers["openai"] = OpenAIProvider(config)
-        if config.anthropic_api_key:
-            from aistream.providers.anthropic import AnthropicProvider
-
-            self._providers["anthropic"] = AnthropicProvider(config)
+        self._config = config
+        self._endpoints = {endpoint.name: endpoint for endpoint in config.endpoints}
+        adaptations = Adaptations()
+        self._served: dict[str, Served] = {}
+        for endpoint in config.endpoints:
+            if endpoint.usable:
+                self._served[endpoint.name] = self._serve(_provider(endpoint, adaptations))
         if config.dev_mode:
-            self._providers["echo"] = EchoProvider()
+            self._served["echo"] = self._serve(EchoProvider())
+        self._listed: tuple[float, list[Listing]] | None = None
+
+    def _serve(self, provider: Provider) -> Served:
+        config, limits = self._config, provider.endpoint.limits
+        return Served(
+            provider,
+            Bulkhead(
+                limits.concurrency or config.provider_concurrency,
+                config.provider_queue if limits.queue is None else limits.queue,
+                config.provider_queue_seconds if limits.queue_seconds is None else limits.queue_seconds,
+            ),
+        )
 
     def __getitem__(self, name: str) -> Provider:
-        return self._providers[name]
+        return self._served[name].provider
 
-    def route(self, model: str) -> Route:
-        """Who serves `model`: an explicit prefix (`openai/…`), the name's own look, or DEFAULT_PROVIDER.
+    def bulkhead(self, name: str) -> Bulkhead:
+        """The places of this provider."""
+        return self._served[name].bulkhead
 
-        Raises InvalidRequest `unknown_model` or `provider_not_configured`, so that init can say it to the author.
+    def known(self, name: str) -> bool:
+        """Whether there is such a provider; a session may be older than the configuration."""
+        return name in self._served
+
+    def stream(self, route: Route, request: Request, call: Call) -> Events:
+        """The answer of this model: see `Provider.stream`."""
+        return self[route.provider].stream(request, route.model, call)
+
+    def first_token_seconds(self, route: Route, request: Request) -> float:
+        """How long this model may take for its first token."""
+        limits = self[route.provider].endpoint.limits
+        if limits.first_token_seconds is not None:
+            return limits.first_token_seconds
+        effort = request.reasoning_effort or self[route.provider].endpoint.defaults.reasoning_effort
+        thinks = effort not in ("none", "minimal") if effort else _THINKS.match(route.model)
+        return self._config.reasoning_first_token_seconds if thinks else self._config.first_token_seconds
+
+    def silence_seconds(self, provider: str) -> float:
+        """How long this provider may be silent in mid-answer."""
+        seconds = self[provider].endpoint.limits.silence_seconds
+        return self._config.silence_seconds if seconds is None else seconds
+
+    def route(self, model: str, field: str = "model") -> Route:
+        """Who serves `model`: a prefix (`openai/…`, `<alias>/…`), an alias, the name's own look, or DEFAULT_PROVIDER.
+
+        Raises InvalidRequest `unknown_model` or `provider_not_configured` that names `field`, so that init can say it to the
+        author.
         """
         prefix, slash, rest = model.partition("/")
-        if slash and rest and prefix.lower() in (*_KEYS, "echo"):
-            return self._configured(prefix.lower(), rest)
+        if slash and rest and (prefix.lower() in self._endpoints or prefix.lower() == "echo"):
+            return self._usable(prefix.lower(), rest, field)
+        alias = self._endpoints.get(model.lower())
+        if alias is not None and alias.model:
+            return self._usable(alias.name, alias.model, field)
         provider = self._by_look(model)
         if provider is None:
             raise _fault(
+                field,
                 "unknown_model",
                 "no provider is known for this model: expected a name such as gpt-4o or claude-sonnet-4-5, a prefix such as "
                 "openai/, or DEFAULT_PROVIDER in the service's configuration",
             )
-        return self._configured(provider, model)
+        return self._usable(provider, model, field)
 
-    def _configured(self, provider: str, model: str) -> Route:
-        if provider not in self._providers:
-            remedy = f"set {_KEYS[provider]}" if provider in _KEYS else "the echo model exists in DEV_MODE only"
-            raise _fault("provider_not_configured", f"the provider {provider} is not configured on this service: {remedy}")
+    def _usable(self, provider: str, model: str, field: str) -> Route:
+        if provider not in self._served:
+            endpoint = self._endpoints.get(provider)
+            remedy = f"set {endpoint.key_variable}" if endpoint is not None else "the echo model exists in DEV_MODE only"
+            raise _fault(field, "provider_not_configured", f"the provider {provider} is not configured on this service: {remedy}")
+        allowed = self[provider].endpoint.models
+        if allowed and provider != "echo" and model not in allowed:
+            raise _fault(field, "unknown_model", f"is none of the models of {provider} that this service offers (GET /models)")
         return Route(provider, model)
 
     def _by_look(self, model: str) -> str | None:
         for pattern, provider in _PATTERNS:
             if pattern.match(model):
                 return provider
-        return self._default or None
+        return self._config.default_provider or None
 
     def warm_up(self) -> None:
         """Builds the SDK clients now: the first request of a process would fork `uname` and load the CA bundle."""
-        for provider in self._providers.values():
-            provider.warm_up()
+        for served in self._served.values():
+            served.provider.warm_up()
 
     def shown(self) -> Iterable[Route]:
         """Models of the configured providers for a person to choose from."""
-        return [Route(provider, model) for provider in self._providers for model in _SHOWN[provider]]
+        for name, served in self._served.items():
+            endpoint = served.provider.endpoint
+            for model in endpoint.models or (endpoint.model and (endpoint.model,)) or _SHOWN.get(name, ()):
+                yield Route(name, model)
+
+    def name_of(self, route: Route) -> str:
+        """What an init calls this model: its bare name where that leads there, else with the provider before it."""
+        endpoint = self._endpoints.get(route.provider)
+        if endpoint is not None and endpoint.model == route.model:
+            return endpoint.name
+        try:
+            bare = self.route(route.model) == route
+        except InvalidRequest:
+            bare = False
+        return route.model if bare else f"{route.provider}/{route.model}"
+
+    def listing(self) -> list[Listing]:
+        """Every provider with what can be asked of it: the models that MODELS_FILE names, else its server's own list.
+
+        All servers are asked at the same time, and not again for LISTED seconds, unless one could not be asked.
+        """
+        if self._listed is None or time.monotonic() > self._listed[0]:
+            endpoints = [*self._endpoints.values(), *([self["echo"].endpoint] if "echo" in self._served else [])]
+            found = list(Pool(16).imap(self._list, endpoints))
+            patience = LISTED if all(not listing.error for listing in found) else UNLISTED
+            self._listed = time.monotonic() + patience, found
+        return self._listed[1]
+
+    def _list(self, endpoint: Endpoint) -> Listing:
+        if endpoint.name not in self._served:
+            return Listing(endpoint, False, (), "")
+        names: Iterable[str] = endpoint.models
+        if not names:
+            try:
+                names = self[endpoint.name].models(LISTING)
+            except ProviderFailed as failed:
+                names = [endpoint.model] if endpoint.model else []
+                return Listing(endpoint, True, self._named(endpoint, names), failed.code)
+        if endpoint.name == "openai" and not endpoint.models:
+            names = [name for name in names if self._by_look(name) == "openai" and not _NO_CHAT.search(name)]
+        return Listing(endpoint, True, self._named(endpoint, names), "")
+
+    def _named(self, endpoint: Endpoint, names: Iterable[str]) -> tuple[tuple[str, str], ...]:
+        return tuple((self.name_of(Route(endpoint.name, name)), name) for name in sorted(set(names)))
 
 
-def _fault(code: str, message: str) -> InvalidRequest:
-    return InvalidRequest.naming(Fault("model", message), code=code)
+def _provider(endpoint: Endpoint, adaptations: Adaptations) -> Provider:
+    # An SDK is imported only where it is configured: the two take seconds to load and 60 MB to hold.
+    if endpoint.api == "anthropic":
+        from aistream.providers.anthropic import AnthropicProvider
+
+        return AnthropicProvider(endpoint, adaptations)
+    from aistream.providers.openai import OpenAIProvider
+
+    return OpenAIProvider(endpoint, adaptations)
+
+
+def _fault(field: str, code: str, message: str) -> InvalidRequest:
+    return InvalidRequest.naming(Fault(field, message), code=code)

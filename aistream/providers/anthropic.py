@@ -9,14 +9,32 @@ from typing import Any
 import anthropic
 import msgspec
 
-from aistream.config import Config
-from aistream.events import End, Reasoning, Text, Usage
-from aistream.providers import wire
-from aistream.providers.base import Model, said
-from aistream.session import Request
+from aistream import telemetry
+from aistream.endpoints import Endpoint
+from aistream.errors import ProviderFailed
+from aistream.events import End, Usage
+from aistream.providers import failures, wire
+from aistream.providers.adaptation import Adaptations
+from aistream.providers.base import Call, Events, limited, parameters, pieces, said
+from aistream.session import Message, Request
 
 #: Anthropic's stop reasons in the words of the callback; others are passed on as they are.
-_FINISH = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length", "tool_use": "tool_calls"}
+_FINISH = {
+    "end_turn": "stop",
+    "stop_sequence": "stop",
+    "max_tokens": "length",
+    "model_context_window_exceeded": "length",
+    "tool_use": "tool_calls",
+}
+#: From this version of the API on there is no temperature and no top_p: a request that has them is answered 400, even with
+#: their default values (platform.claude.com, Versions).
+_NO_SAMPLING = "2026-10-21"
+#: The effort of OpenAI's words in Anthropic's (anthropic 2.12.0, `output_config_param.py`).
+_EFFORT = {"minimal": "low"}
+
+
+class _Thinking(msgspec.Struct):
+    thinking_tokens: int | None = None
 
 
 class _Usage(msgspec.Struct):
@@ -24,11 +42,20 @@ class _Usage(msgspec.Struct):
     output_tokens: int | None = None
     cache_creation_input_tokens: int | None = None
     cache_read_input_tokens: int | None = None
+    output_tokens_details: _Thinking | None = None
+
+
+class _Block(msgspec.Struct):
+    text: str | None = None
+    thinking: str | None = None
 
 
 class _Message(msgspec.Struct):
     model: str | None = None
     usage: _Usage | None = None
+    content: list[_Block] | None = None
+    stop_reason: str | None = None
+    error: Any = None
 
 
 class _Delta(msgspec.Struct):
@@ -46,66 +73,144 @@ class _Event(msgspec.Struct):
 
 
 _event = msgspec.json.Decoder(_Event)
+_message = msgspec.json.Decoder(_Message)
 
 
 class AnthropicProvider:
     """Streams messages through the official SDK's raw response."""
 
-    # Removed in API version 2026-10-21, which the SDK sends since 2.0: a request that has them is answered 400, even with
-    # their default values (platform.claude.com, Versions).
-    ignores = frozenset({"temperature", "top_p"})
-
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, endpoint: Endpoint, adaptations: Adaptations) -> None:
+        self.endpoint = endpoint
+        self._adaptations = adaptations
 
     @cached_property
     def _client(self) -> anthropic.Anthropic:
+        version = self.endpoint.anthropic_version
         return anthropic.Anthropic(
-            api_key=self._config.anthropic_api_key,
-            base_url=self._config.anthropic_base_url,
+            api_key=self.endpoint.key or "none",
+            base_url=self.endpoint.base_url,
             max_retries=0,
             timeout=wire.TIMEOUT,
+            default_headers={"anthropic-version": version} if version else None,
             http_client=anthropic.DefaultHttpxClient(limits=wire.LIMITS, timeout=wire.TIMEOUT),
         )
+
+    @property
+    def _samples(self) -> bool:
+        version = self.endpoint.anthropic_version
+        return bool(version) and version < _NO_SAMPLING
 
     def warm_up(self) -> None:
         """Builds the client, and the headers that make it fork `uname` once."""
         self._client.default_headers  # noqa: B018  # a cached property: asking is the work
 
-    def stream(self, request: Request, model: Model) -> Iterator[Text | Reasoning | Usage | End]:
-        """See `Provider.stream`."""
-        with wire.translated(anthropic.APIStatusError, anthropic.APIConnectionError, anthropic.APITimeoutError):
+    def warnings(self, request: Request) -> list[str]:
+        """See `Provider.warnings`."""
+        found = limited(request, self.endpoint)
+        if not self._samples:
+            unsent = [name for name in ("temperature", "top_p") if getattr(request, name) is not None]
+            found += [f"{name} is not sent: {self.endpoint.name} does not take it" for name in unsent]
+        elif (request.temperature or 0) > 1:
+            found.append(f"temperature is {request.temperature:g}: {self.endpoint.name} takes 0 to 1, so it is sent as 1")
+        return found
+
+    def models(self, timeout: float) -> list[str]:
+        """See `Provider.models`."""
+        call = Call(Request("", "", "", self.endpoint.name), "")
+        with failures.translated(call, self.endpoint.key, anthropic.APIStatusError, anthropic.APIConnectionError):
+            return [model.id for model in self._client.models.list(limit=1000, timeout=timeout).data]
+
+    def stream(self, request: Request, model: str, call: Call) -> Events:
+        """See `Provider.stream`. A request that is refused for a parameter alone is made once more without it."""
+        base_url = self.endpoint.base_url
+        refused = self._adaptations.of(base_url, model)
+        while True:
+            body = self._body(request, model, refused)
+            call.left_out = refused
+            try:
+                yield from self._answer(body, call)
+                return
+            except ProviderFailed as failed:
+                named = [name for name in failed.parameters if name in body and name not in refused]
+                if not named:
+                    raise
+                refused = self._adaptations.learn(base_url, model, named)
+                telemetry.provider_adapted(self.endpoint.name, model, named)
+
+    def _body(self, request: Request, model: str, refused: frozenset[str]) -> dict[str, Any]:
+        asked = parameters(request, self.endpoint)
+        turns = request.conversation()
+        # No system role among the messages: it stands apart.
+        system = [request.system or "", *(turn.content for turn in turns if turn.role == "system")]
+        given: dict[str, Any] = {
+            "system": "\n\n".join(filter(None, system)) or None,
+            "stop_sequences": list(asked.stop) or None,
+            **_thinking(asked.reasoning_effort),
+        }
+        if self._samples:
+            # OpenAI's range ends at 2, Anthropic's at 1.
+            given["temperature"] = None if asked.temperature is None else min(asked.temperature, 1.0)
+            given["top_p"] = asked.top_p
+        return {
+            **{name: value for name, value in asked.extra.items() if name not in refused},
+            "model": model,
+            "messages": _merged(turns),
+            "max_tokens": asked.max_tokens,
+            "stream": True,
+        } | {name: value for name, value in given.items() if value is not None and name not in refused}
+
+    def _answer(self, body: dict[str, Any], call: Call) -> Events:
+        call.requests += 1
+        call.refused = False
+        secret = self.endpoint.key
+        with failures.translated(call, secret, anthropic.APIStatusError, anthropic.APIConnectionError):
             create = self._client.messages.with_streaming_response.create
             # As for OpenAI: typed parameters are walked by their annotations, extra_body is merged as it is.
-            body = _parameters(request)
-            with create(
-                model=request.model, max_tokens=request.max_tokens, messages=[], stream=True, extra_body=body
-            ) as response:
-                yield from _events(response.iter_bytes(), model)
+            with create(model=call.model, max_tokens=1, messages=[], stream=True, extra_body=body) as response:
+                call.answered = True
+                kind = response.headers.get("content-type", "")
+                if kind.startswith("application/json"):
+                    yield from _whole(response.read(), call, secret)
+                elif kind.startswith("text/html"):
+                    raise failures.failed(failures.MALFORMED, content_type="text/html")
+                else:
+                    yield from _events(response.iter_bytes(), call, secret)
 
 
-def _parameters(request: Request) -> dict[str, Any]:
-    # Anthropic knows no system role among the messages.
-    turns = request.conversation()
-    system = [request.system or "", *(m.content for m in turns if m.role == "system")]
-    given = {
-        "system": "\n\n".join(filter(None, system)) or None,
-        "stop_sequences": list(request.stop) or None,
-    }
+def _merged(turns: list[Message]) -> list[dict[str, str]]:
+    """User and assistant in turns: successive ones of a role are one, and an empty one, which Anthropic refuses, is none."""
+    merged: list[dict[str, str]] = []
+    for turn in turns:
+        if turn.role == "system" or not turn.content.strip():
+            continue
+        if merged and merged[-1]["role"] == turn.role:
+            merged[-1]["content"] += "\n\n" + turn.content
+        else:
+            merged.append({"role": turn.role, "content": turn.content})
+    return merged
+
+
+def _thinking(effort: str | None) -> dict[str, Any]:
+    """Anthropic's words for OpenAI's reasoning_effort. Without one, the model's own default holds.
+
+    `display`: what is thought is shown as it is, in summary; some models leave it out otherwise (anthropic 2.12.0,
+    `thinking_config_adaptive_param.py`).
+    """
+    if effort is None:
+        return {}
+    if effort == "none":
+        return {"thinking": {"type": "disabled"}}
     return {
-        "model": request.model,
-        "messages": [{"role": m.role, "content": m.content} for m in turns if m.role != "system"],
-        "max_tokens": request.max_tokens,
-        "stream": True,
-    } | {name: value for name, value in given.items() if value is not None}
+        "thinking": {"type": "adaptive", "display": "summarized"},
+        "output_config": {"effort": _EFFORT.get(effort, effort)},
+    }
 
 
-def _events(chunks: Iterator[bytes], model: Model) -> Iterator[Text | Reasoning | Usage | End]:
+def _events(chunks: Iterator[bytes], call: Call, secret: str) -> Events:
     stop_reason = None
     stopped = False
     started = _Usage()
-    final: _Usage | None = None
-    for batch in wire.server_events(chunks):
+    for batch in wire.server_events(chunks, call):
         text, reasoning = "", ""
         for server_event in batch:
             event = wire.decode(server_event.data, _event)
@@ -114,22 +219,47 @@ def _events(chunks: Iterator[bytes], model: Model) -> Iterator[Text | Reasoning 
                     text += event.delta.text or ""
                     reasoning += event.delta.thinking or ""
                 case "message_start" if event.message is not None:
-                    model.name = event.message.model or model.name
+                    call.model = event.message.model or call.model
                     started = event.message.usage or started
+                    # Its `output_tokens` is a placeholder: only message_delta's, which is cumulative, is a figure.
+                    call.input = _usage(started, _Usage()) if event.message.usage is not None else None
                 case "message_delta":
                     stop_reason = (event.delta.stop_reason if event.delta else None) or stop_reason
-                    final = event.usage or final
+                    if event.usage is not None and event.usage.output_tokens is not None:
+                        call.usage = _usage(started, event.usage)
                 case "message_stop":
                     stopped = True
                 case "error":
                     yield from said(text, reasoning)
-                    raise wire.error_event(event.error)
+                    if not failures.filtered(event.error):
+                        raise failures.error_event(event.error, call, secret)
+                    # OpenAI ends such an answer with this finish reason; Anthropic has an error event for it.
+                    yield End("content_filter")
+                    return
         yield from said(text, reasoning)
     if not stopped:
-        raise wire.truncated()
-    # `output_tokens` of message_start is a placeholder: only message_delta's, which is cumulative, is a figure.
-    if final is not None and final.output_tokens is not None:
-        yield _usage(started, final)
+        raise failures.failed(failures.TRUNCATED)
+    yield from _end(stop_reason, call)
+
+
+def _whole(body: bytes, call: Call, secret: str) -> Events:
+    """The answer of a server that does not stream."""
+    message = wire.decode(body, _message)
+    if message.error is not None:
+        raise failures.error_event(message.error, call, secret)
+    if message.content is None or message.stop_reason is None:
+        raise failures.failed(failures.MALFORMED, content_type="application/json")
+    call.model = message.model or call.model
+    call.usage = _usage(_Usage(), message.usage) if message.usage is not None else None
+    yield from pieces(
+        "".join(block.text or "" for block in message.content), "".join(block.thinking or "" for block in message.content)
+    )
+    yield from _end(message.stop_reason, call)
+
+
+def _end(stop_reason: str | None, call: Call) -> Iterator[Usage | End]:
+    if call.usage is not None:
+        yield call.usage
     yield End(_FINISH.get(stop_reason or "", stop_reason or "stop"))
 
 
@@ -138,9 +268,11 @@ def _usage(started: _Usage, final: _Usage) -> Usage:
         return getattr(final, name) or getattr(started, name) or 0
 
     cached = figure("cache_read_input_tokens")
+    details = final.output_tokens_details
     return Usage(
         # Anthropic counts what it read from and wrote to its cache apart from the other input.
         input_tokens=figure("input_tokens") + figure("cache_creation_input_tokens") + cached,
         output_tokens=final.output_tokens or 0,
         cached_input_tokens=cached,
+        reasoning_tokens=(details.thinking_tokens or 0) if details else 0,
     )

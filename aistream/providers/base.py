@@ -2,29 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+import time
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
+from aistream.endpoints import Endpoint
 from aistream.events import End, Reasoning, Text, Usage
 from aistream.session import Request
 
+#: Tokens of an answer where neither the request nor the provider's defaults say.
+MAX_TOKENS = 4_096
+#: Characters of one event of an answer that did not come as a stream.
+PIECE = 64
 
-class Model:
-    """A mutable note of what the provider calls the model it answered with; the iterator fills it in when it learns it."""
 
-    __slots__ = ("name",)
+#: What a provider says, to its `End`.
+Events = Generator[Text | Reasoning | Usage | End, None, None]
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+
+class Call:
+    """A mutable note about one call of a provider, which its iterator fills in as it learns, and the generation reads.
+
+    `model`: what the provider calls the one that answers. `answered`: its answer has begun (status and headers are there).
+    `refused`: it was turned away, or never reached anybody, so nobody bills it.
+    `whole`: it comes in one piece, so nothing is to be heard before it is complete. `heard_at`: when it last sent anything
+    (`time.monotonic()`). `input`: what is known of the usage before its end, its output left out. `usage`: all of it so far.
+    `requests`: how many were sent. `left_out`: parameters that the provider does not take, and was not sent.
+    """
+
+    __slots__ = ("answered", "heard_at", "input", "left_out", "model", "refused", "request", "requests", "usage", "whole")
+
+    def __init__(self, request: Request, model: str) -> None:
+        self.request = request
+        self.model = model
+        self.answered = False
+        self.refused = False
+        self.whole = False
+        self.heard_at = time.monotonic()
+        self.input: Usage | None = None
+        self.usage: Usage | None = None
+        self.requests = 0
+        self.left_out: frozenset[str] = frozenset()
 
 
 class Provider(Protocol):
     """Runs a model and says what it says, as events."""
 
-    #: Fields of a request that this provider has nothing for: not sent, and named in init's warnings.
-    ignores: frozenset[str]
+    endpoint: Endpoint
 
-    def stream(self, request: Request, model: Model) -> Iterator[Text | Reasoning | Usage | End]:
+    def warnings(self, request: Request) -> list[str]:
+        """What of the request does not go to this provider, or not as it stands, in words for the workflow's author."""
+        ...
+
+    def stream(self, request: Request, model: str, call: Call) -> Events:
         """The answer as it is written: each step takes all that has arrived, so that batching grows with load.
 
         The last event is `End`; raises ProviderFailed where it does not come to that. Closing the iterator closes the
@@ -32,9 +62,46 @@ class Provider(Protocol):
         """
         ...
 
+    def models(self, timeout: float) -> list[str]:
+        """The names of the models that the server has, as it lists them. Raises ProviderFailed. `timeout`: seconds."""
+        ...
+
     def warm_up(self) -> None:
         """Does ahead of the first request what would delay it."""
         ...
+
+
+class Parameters(NamedTuple):
+    """What is asked of the model besides the conversation: the request's word, else the endpoint's default."""
+
+    max_tokens: int
+    temperature: float | None
+    top_p: float | None
+    stop: Sequence[str]
+    reasoning_effort: str | None
+    extra: dict[str, Any]
+
+
+def parameters(request: Request, endpoint: Endpoint) -> Parameters:
+    """The parameters of a request to this endpoint, within its limits."""
+    defaults = endpoint.defaults
+    tokens = request.max_tokens or defaults.max_tokens or MAX_TOKENS
+    return Parameters(
+        max_tokens=min(tokens, endpoint.limits.max_tokens or tokens),
+        temperature=defaults.temperature if request.temperature is None else request.temperature,
+        top_p=defaults.top_p if request.top_p is None else request.top_p,
+        stop=request.stop or defaults.stop or (),
+        reasoning_effort=request.reasoning_effort or defaults.reasoning_effort,
+        extra=endpoint.extra,
+    )
+
+
+def limited(request: Request, endpoint: Endpoint) -> list[str]:
+    """The warning that belongs to a limit of the endpoint."""
+    limit = endpoint.limits.max_tokens
+    if limit is None or (request.max_tokens or 0) <= limit:
+        return []
+    return [f"max_tokens is {request.max_tokens}: limited to {limit} for {endpoint.name}"]
 
 
 def said(text: str, reasoning: str) -> Iterator[Text | Reasoning]:
@@ -43,3 +110,10 @@ def said(text: str, reasoning: str) -> Iterator[Text | Reasoning]:
         yield Reasoning(reasoning)
     if text:
         yield Text(text)
+
+
+def pieces(text: str, reasoning: str) -> Iterator[Text | Reasoning]:
+    """An answer that came whole, in the pieces of a stream."""
+    for kind, whole in ((Reasoning, reasoning), (Text, text)):
+        for start in range(0, len(whole), PIECE):
+            yield kind(whole[start : start + PIECE])

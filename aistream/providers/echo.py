@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import time
 
 import gevent
 
-from aistream.events import End, Reasoning, Text, Usage
-from aistream.providers.base import Model
+from aistream.endpoints import Endpoint
+from aistream.events import End, Text, Usage
+from aistream.providers.base import Call, Events, parameters
 from aistream.session import Request
 
 #: Seconds before each word: about the pace of a large model.
@@ -20,21 +21,33 @@ _WORDS = re.compile(r"\s*\S+\s?|\s+")
 class EchoProvider:
     """Answers every prompt with itself. A word is a token; `max_tokens` and `stop` are honoured as a model honours them."""
 
-    ignores = frozenset({"temperature", "top_p"})
+    def __init__(self) -> None:
+        self.endpoint = Endpoint(name="echo", api="openai", base_url="", models=("echo",))
 
-    def stream(self, request: Request, model: Model) -> Iterator[Text | Reasoning | Usage | End]:
+    def warnings(self, request: Request) -> list[str]:
+        """See `Provider.warnings`."""
+        unsent = [name for name in ("temperature", "top_p", "reasoning_effort") if getattr(request, name) is not None]
+        return [f"{name} is not sent: echo does not take it" for name in unsent]
+
+    def models(self, timeout: float) -> list[str]:
+        """See `Provider.models`."""
+        return ["echo"]
+
+    def stream(self, request: Request, model: str, call: Call) -> Events:
         """The prompt's words, at an even pace."""
+        call.requests += 1
+        limit = parameters(request, self.endpoint).max_tokens
         text = request.prompt
         stops = [text.index(stop) for stop in request.stop if stop in text]
         if stops:
             text = text[: min(stops)]
         words = _WORDS.findall(text)
-        for word in words[: request.max_tokens]:
+        for word in words[:limit]:
             gevent.sleep(PACE)
+            call.heard_at = time.monotonic()
             yield Text(word)
-        said = sum(len(_WORDS.findall(message.content)) for message in request.conversation())
-        yield Usage(said + len(_WORDS.findall(request.system or "")), min(len(words), request.max_tokens))
-        yield End("length" if len(words) > request.max_tokens else "stop")
+        yield Usage(sum(len(_WORDS.findall(text)) for text in request.texts()), min(len(words), limit))
+        yield End("length" if len(words) > limit else "stop")
 
     def warm_up(self) -> None:
         """Nothing to do."""

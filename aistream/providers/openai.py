@@ -1,4 +1,4 @@
-"""OpenAI's chat completions, and whatever speaks their language under OPENAI_BASE_URL."""
+"""OpenAI's chat completions, and whatever speaks their language under another base URL."""
 
 from __future__ import annotations
 
@@ -10,21 +10,43 @@ from urllib.parse import urlsplit
 import msgspec
 import openai
 
-from aistream.config import Config
-from aistream.events import End, Reasoning, Text, Usage
-from aistream.providers import wire
-from aistream.providers.base import Model, said
+from aistream import telemetry
+from aistream.endpoints import Endpoint
+from aistream.errors import ProviderFailed
+from aistream.events import End, Usage
+from aistream.providers import failures, wire
+from aistream.providers.adaptation import Adaptations
+from aistream.providers.base import Call, Events, limited, parameters, pieces, said
 from aistream.session import Request
+
+#: Finish reasons in the words of the callback; others are passed on as they are.
+_FINISH = {"function_call": "tool_calls"}
+#: Finish reasons of an answer that broke off: OpenRouter's, vLLM's, DeepSeek's.
+_BROKEN = frozenset({"error", "abort", "insufficient_system_resource"})
+#: Each is the other's newer or older name. `max_tokens` is refused by OpenAI's newer models; the newer name is unknown to most
+#: compatible servers.
+_LIMITS = ("max_completion_tokens", "max_tokens")
+
+
+class _Part(msgspec.Struct):
+    """Mistral's content, where its models think: a list of these."""
+
+    type: str = ""
+    text: str | None = None
+    thinking: list[_Part] | str | None = None
 
 
 class _Delta(msgspec.Struct):
-    content: str | None = None
+    content: str | list[_Part] | None = None
     refusal: str | None = None
+    #: DeepSeek, llama.cpp and older vLLM; `reasoning`: OpenRouter, Groq, Ollama and newer vLLM.
     reasoning_content: str | None = None
+    reasoning: str | None = None
 
 
 class _Choice(msgspec.Struct):
     delta: _Delta | None = None
+    message: _Delta | None = None
     finish_reason: str | None = None
 
 
@@ -37,14 +59,14 @@ class _CompletionDetails(msgspec.Struct):
 
 
 class _Usage(msgspec.Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
     prompt_tokens_details: _PromptDetails | None = None
     completion_tokens_details: _CompletionDetails | None = None
 
 
 class _Chunk(msgspec.Struct):
-    choices: list[_Choice] = []
+    choices: list[_Choice] | None = None
     model: str | None = None
     usage: _Usage | None = None
     error: Any = None
@@ -56,19 +78,17 @@ _chunk = msgspec.json.Decoder(_Chunk)
 class OpenAIProvider:
     """Streams chat completions through the official SDK's raw response."""
 
-    ignores: frozenset[str] = frozenset()
-
-    def __init__(self, config: Config) -> None:
-        self._config = config
-        # `max_tokens` is refused by the newer models; the newer name is unknown to most compatible servers.
-        official = urlsplit(config.openai_base_url).hostname == "api.openai.com"
-        self._limit_name = "max_completion_tokens" if official else "max_tokens"
+    def __init__(self, endpoint: Endpoint, adaptations: Adaptations) -> None:
+        self.endpoint = endpoint
+        self._adaptations = adaptations
+        official = urlsplit(endpoint.base_url).hostname == "api.openai.com"
+        self._limits = _LIMITS if official else _LIMITS[::-1]
 
     @cached_property
     def _client(self) -> openai.OpenAI:
         return openai.OpenAI(
-            api_key=self._config.openai_api_key,
-            base_url=self._config.openai_base_url,
+            api_key=self.endpoint.key or "none",  # the SDK wants one also for a server that wants none
+            base_url=self.endpoint.base_url,
             max_retries=0,
             timeout=wire.TIMEOUT,
             http_client=openai.DefaultHttpxClient(limits=wire.LIMITS, timeout=wire.TIMEOUT),
@@ -78,33 +98,78 @@ class OpenAIProvider:
         """Builds the client, and the headers that make it fork `uname` once."""
         self._client.default_headers  # noqa: B018  # a cached property: asking is the work
 
-    def stream(self, request: Request, model: Model) -> Iterator[Text | Reasoning | Usage | End]:
-        """See `Provider.stream`."""
-        with wire.translated(openai.APIStatusError, openai.APIConnectionError, openai.APITimeoutError):
+    def warnings(self, request: Request) -> list[str]:
+        """See `Provider.warnings`."""
+        return limited(request, self.endpoint)
+
+    def models(self, timeout: float) -> list[str]:
+        """See `Provider.models`."""
+        call = Call(Request("", "", "", self.endpoint.name), "")
+        with failures.translated(call, self.endpoint.key, openai.APIStatusError, openai.APIConnectionError):
+            return [model.id for model in self._client.models.list(timeout=timeout).data]
+
+    def stream(self, request: Request, model: str, call: Call) -> Events:
+        """See `Provider.stream`. A request that is refused for a parameter alone is made once more without it."""
+        base_url = self.endpoint.base_url
+        refused = self._adaptations.of(base_url, model)
+        while True:
+            body = self._body(request, model, refused)
+            call.left_out = refused
+            try:
+                yield from self._answer(body, call)
+                return
+            except ProviderFailed as failed:
+                named = [name for name in failed.parameters if name in body and name not in refused]
+                if not named:
+                    raise
+                refused = self._adaptations.learn(base_url, model, named)
+                telemetry.provider_adapted(self.endpoint.name, model, named)
+
+    def _body(self, request: Request, model: str, refused: frozenset[str]) -> dict[str, Any]:
+        asked = parameters(request, self.endpoint)
+        system = [{"role": "system", "content": request.system}] if request.system else []
+        limit = next((name for name in self._limits if name not in refused), "")
+        given = {
+            limit: asked.max_tokens,
+            "temperature": asked.temperature,
+            "top_p": asked.top_p,
+            "stop": list(asked.stop) or None,
+            "reasoning_effort": asked.reasoning_effort,
+            "stream": True,
+            "stream_options": None if "stream" in refused else {"include_usage": True},
+        }
+        return {
+            **{name: value for name, value in asked.extra.items() if name not in refused},
+            "model": model,
+            "messages": [*system, *({"role": m.role, "content": m.content} for m in request.conversation())],
+        } | {name: value for name, value in given.items() if name and value is not None and name not in refused}
+
+    def _answer(self, body: dict[str, Any], call: Call) -> Events:
+        streamed = "stream" in body
+        # An organisation that is not verified may not stream some models: then the whole answer is waited for.
+        call.whole = not streamed
+        call.requests += 1
+        call.refused = False
+        secret = self.endpoint.key
+        with failures.translated(call, secret, openai.APIStatusError, openai.APIConnectionError):
             create = self._client.chat.completions.with_streaming_response.create
             # All in extra_body, which is merged over the rest: the SDK walks typed parameters by their annotations, for a
             # quarter of a request's CPU.
-            with create(model=request.model, messages=[], stream=True, extra_body=self._parameters(request)) as response:
-                yield from _events(response.iter_bytes(), model)
-
-    def _parameters(self, request: Request) -> dict[str, Any]:
-        system = [{"role": "system", "content": request.system}] if request.system else []
-        parameters: dict[str, Any] = {
-            "model": request.model,
-            "messages": [*system, *({"role": m.role, "content": m.content} for m in request.conversation())],
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            self._limit_name: request.max_tokens,
-        }
-        given = {"temperature": request.temperature, "top_p": request.top_p, "stop": list(request.stop) or None}
-        return parameters | {name: value for name, value in given.items() if value is not None}
+            with create(model=call.model, messages=[], stream=streamed, extra_body=body) as response:
+                call.answered = True
+                kind = response.headers.get("content-type", "")
+                if kind.startswith("application/json"):  # also of a server that does not stream, whatever it is asked
+                    yield from _whole(response.read(), call, secret)
+                elif kind.startswith("text/html"):
+                    raise failures.failed(failures.MALFORMED, content_type="text/html")
+                else:
+                    yield from _events(response.iter_bytes(), call, secret)
 
 
-def _events(chunks: Iterator[bytes], model: Model) -> Iterator[Text | Reasoning | Usage | End]:
+def _events(chunks: Iterator[bytes], call: Call, secret: str) -> Events:
     finish_reason = None
     refused = False
-    usage: _Usage | None = None
-    for batch in wire.server_events(chunks):
+    for batch in wire.server_events(chunks, call):
         text, reasoning = "", ""
         for event in batch:
             if event.data == b"[DONE]":
@@ -112,29 +177,67 @@ def _events(chunks: Iterator[bytes], model: Model) -> Iterator[Text | Reasoning 
             chunk = wire.decode(event.data, _chunk)
             if chunk.error is not None:
                 yield from said(text, reasoning)
-                raise wire.error_event(chunk.error)
+                raise failures.error_event(chunk.error, call, secret)
             if chunk.model:
-                model.name = chunk.model
-            usage = chunk.usage or usage
-            for choice in chunk.choices[:1]:
+                call.model = chunk.model
+            if chunk.usage is not None:  # the last chunk's; some servers send what it is so far with each
+                call.usage = _usage(chunk.usage)
+            for choice in (chunk.choices or ())[:1]:
                 finish_reason = choice.finish_reason or finish_reason
-                if choice.delta is not None:
-                    text += choice.delta.content or choice.delta.refusal or ""
-                    refused = refused or bool(choice.delta.refusal)
-                    reasoning += choice.delta.reasoning_content or ""
+                delta = choice.delta
+                if delta is not None:
+                    if delta.content.__class__ is list:
+                        thought, word = _parts(delta.content)
+                        reasoning, text = reasoning + thought, text + word
+                    else:
+                        text += delta.content or delta.refusal or ""  # type: ignore[operator]
+                    refused = refused or bool(delta.refusal)
+                    reasoning += delta.reasoning_content or delta.reasoning or ""
         yield from said(text, reasoning)
+    yield from _end(finish_reason, refused, call)
+
+
+def _whole(body: bytes, call: Call, secret: str) -> Events:
+    answer = wire.decode(body, _chunk)
+    if answer.error is not None:
+        raise failures.error_event(answer.error, call, secret)
+    if not answer.choices or (message := answer.choices[0].message) is None:
+        raise failures.failed(failures.MALFORMED, content_type="application/json")
+    call.model = answer.model or call.model
+    call.usage = _usage(answer.usage) if answer.usage is not None else None
+    thought, word = _parts(message.content)
+    yield from pieces(word or message.refusal or "", thought or message.reasoning_content or message.reasoning or "")
+    yield from _end(answer.choices[0].finish_reason, bool(message.refusal), call)
+
+
+def _end(finish_reason: str | None, refused: bool, call: Call) -> Iterator[Usage | End]:
     if finish_reason is None:
-        raise wire.truncated()
-    if usage is not None:
-        yield _usage(usage)
-    yield End("refusal" if refused else finish_reason)
+        # The SDK raises nothing where a stream just ends.
+        raise failures.failed(failures.TRUNCATED)
+    if finish_reason in _BROKEN:
+        raise failures.failed(failures.UNAVAILABLE, finish_reason=finish_reason)
+    if call.usage is not None:
+        yield call.usage
+    yield End("refusal" if refused else _FINISH.get(finish_reason, finish_reason))
+
+
+def _parts(content: str | list[_Part] | None) -> tuple[str, str]:
+    """What was thought and what was said."""
+    if not isinstance(content, list):
+        return "", content or ""
+    thought, word = "", ""
+    for part in content:
+        if part.thinking:
+            thought += part.thinking if isinstance(part.thinking, str) else _parts(part.thinking)[1]
+        word += part.text or ""
+    return thought, word
 
 
 def _usage(usage: _Usage) -> Usage:
     prompt, completion = usage.prompt_tokens_details, usage.completion_tokens_details
     return Usage(
-        input_tokens=usage.prompt_tokens,
-        output_tokens=usage.completion_tokens,
+        input_tokens=usage.prompt_tokens or 0,
+        output_tokens=usage.completion_tokens or 0,
         cached_input_tokens=(prompt.cached_tokens or 0) if prompt else 0,
         reasoning_tokens=(completion.reasoning_tokens or 0) if completion else 0,
     )

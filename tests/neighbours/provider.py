@@ -165,7 +165,7 @@ class Provider:
                 stage.refuse(fault)
             elif parsed is None:
                 stage.refuse(Status(404, f"The model `{model}` does not exist or you do not have access to it."))
-            elif body.get("stream"):
+            elif body.get("stream") and name != "whole":
                 stage.stream(scenarios.SCENARIOS[name](ask))
             else:
                 stage.whole(scenarios.SCENARIOS[name](ask))

@@ -431,6 +431,12 @@ def reasoning_parts(ask: Ask) -> Iterator[Step]:
     yield Finish()
 
 
+@scenario("whole")
+def whole(ask: Ask) -> Iterator[Step]:
+    """As `reasoning`, but in one piece of JSON, whatever was asked for: a server that does not stream."""
+    return reasoning(ask)
+
+
 @scenario("surrogates")
 def surrogates(ask: Ask) -> Iterator[Step]:
     r"""An emoji as the JSON escapes \ud83d and \ude00 in two successive deltas, "a " and " b" around them."""
@@ -637,6 +643,12 @@ def filtered_input(ask: Ask) -> Iterator[Step]:
     inner = {"code": "ResponsibleAIPolicyViolation", "content_filter_result": result}
     error = {"type": None, "param": "prompt", "code": "content_filter", "status": 400, "innererror": inner}
     yield Status(400, message, error)
+
+
+@scenario("echoing")
+def echoing(ask: Ask) -> Iterator[Step]:
+    """400 with a message that quotes the last user message."""
+    yield Status(400, f"The prompt was: {ask.prompt}")
 
 
 # Parameters that are refused: what has none of them gets `hello`
