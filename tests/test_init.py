@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from werkzeug.test import TestResponse
 
 from aistream import __version__
-from aistream.session import Message, Request
+from aistream.session import Message, Request, Route
 from tests.conftest import MakeClient, missing, parts_of
 from tests.neighbours.receiver import Receiver
 from tests.service import Service, n8n_token, wait_until
@@ -104,9 +104,7 @@ def test_it_says_until_when_somebody_must_have_come(make_client: MakeClient, env
 
 
 def test_the_least_that_is_needed_has_defaults_for_all_the_rest(client: FlaskClient) -> None:
-    assert stored(client, init(client)) == Request(
-        prompt="Hello", requested_model="echo", model="echo", provider="echo", max_tokens=4096
-    )
+    assert stored(client, init(client)) == Request(prompt="Hello", requested_model="echo", model="echo", provider="echo")
 
 
 def test_the_default_model_is_gpt_4_where_there_is_a_key(make_client: MakeClient) -> None:
@@ -796,6 +794,109 @@ def test_a_provider_without_a_key_is_told_the_setting(
     found = named(init(make_client(**environ), model=model), "provider_not_configured")
 
     assert found["model"].endswith(f"is not configured on this service: set {variable}")
+
+
+MODELS = """
+[ollama]
+base_url = "http://127.0.0.1:11434/v1"
+limits = { max_tokens = 100 }
+
+[Fast]
+base_url = "https://api.mistral.test/v1"
+key_variable = "MISTRAL_API_KEY"
+model = "mistral-small"
+models = ["mistral-small", "org/mistral-large"]
+
+[old]
+base_url = "http://claude.test"
+api = "anthropic"
+anthropic_version = "2023-06-01"
+"""
+
+
+@pytest.fixture
+def with_aliases(make_client: MakeClient, tmp_path: Path) -> FlaskClient:
+    """A client of an app with these aliases, and both built-in providers."""
+    (tmp_path / "models.toml").write_text(MODELS)
+    keys = {"OPENAI_API_KEY": "k", "ANTHROPIC_API_KEY": "k", "MISTRAL_API_KEY": "k"}
+    return make_client(MODELS_FILE=str(tmp_path / "models.toml"), **keys)
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "provider", "model"),
+    [
+        ("ollama/llama3.2:1b", "ollama", "llama3.2:1b"),
+        ("OLLAMA/Qwen3", "ollama", "Qwen3"),
+        ("fast", "fast", "mistral-small"),
+        ("FAST", "fast", "mistral-small"),
+        ("fast/org/mistral-large", "fast", "org/mistral-large"),
+        ("old/gpt-4", "old", "gpt-4"),
+        ("openai/ollama/x", "openai", "ollama/x"),
+        ("gpt-4o", "openai", "gpt-4o"),
+    ],
+)
+def test_an_alias_is_a_prefix_or_a_name_of_its_own(with_aliases: FlaskClient, asked_for: str, provider: str, model: str) -> None:
+    request = stored(with_aliases, init(with_aliases, model=asked_for))
+
+    assert (request.requested_model, request.provider, request.model) == (asked_for, provider, model)
+
+
+@pytest.mark.parametrize("model", ["ollama", "fast/", "fast/mistral-tiny", "fast/Mistral-small"])
+def test_what_an_alias_does_not_offer_is_unknown(with_aliases: FlaskClient, model: str) -> None:
+    assert list(named(init(with_aliases, model=model), "unknown_model")) == ["model"]
+
+
+def test_an_alias_without_its_key_is_told_the_variable(make_client: MakeClient, tmp_path: Path) -> None:
+    (tmp_path / "models.toml").write_text(MODELS)
+    client = make_client(MODELS_FILE=str(tmp_path / "models.toml"))
+
+    assert named(init(client, model="fast"), "provider_not_configured")["model"].endswith("set MISTRAL_API_KEY")
+
+
+def test_fallback_models_are_kept_with_where_they_lead(with_aliases: FlaskClient) -> None:
+    answer = init(with_aliases, model="gpt-4o", fallbackModels=["claude-x", "fast", "ollama/a"], reasoning_effort="high")
+
+    request = stored(with_aliases, answer)
+
+    assert request.fallbacks == (Route("anthropic", "claude-x"), Route("fast", "mistral-small"), Route("ollama", "a"))
+    assert (request.routes[0], request.reasoning_effort) == (Route("openai", "gpt-4o"), "high")
+
+
+@pytest.mark.parametrize(
+    ("body", "faults"),
+    [
+        ({"fallbackModels": ["claude-x", "nobodys"]}, {"fallbackModels[1]": "no provider is known"}),
+        ({"fallbackModels": ["a"] * 6}, {"fallbackModels": "at most 5"}),
+        ({"fallbackModels": "claude-x"}, {"fallbackModels": "expected a list"}),
+        ({"fallbackModels": [""]}, {"fallbackModels[0]": "at least 1 character"}),
+        ({"fallbackModels": [7, "nobodys"]}, {"fallbackModels[0]": "expected text", "fallbackModels[1]": "no provider is known"}),
+        ({"model": "nobodys", "fallbackModels": ["x"]}, {"model": "no provider is known", "fallbackModels[0]": "no provider"}),
+        ({"reasoning_effort": "hard"}, {"reasoning_effort": "expected 'none', 'minimal', 'low'"}),
+        ({"reasoning_effort": 3}, {"reasoning_effort": "expected 'none'"}),
+    ],
+)
+def test_faults_of_fallbacks_and_effort_are_named(
+    with_aliases: FlaskClient, body: dict[str, Any], faults: dict[str, str]
+) -> None:
+    answer = init(with_aliases, **{"model": "gpt-4o", **body})
+
+    found = {error["field"]: error["message"] for error in (answer.json or {})["errors"]}
+    assert answer.status_code == 400 and list(found) == list(faults)
+    assert all(part in found[field] for field, part in faults.items())
+
+
+def test_init_warns_of_what_a_model_or_a_fallback_does_not_get(with_aliases: FlaskClient) -> None:
+    asked_for = {"temperature": 1.5, "top_p": 0.5, "max_tokens": 500}
+
+    def warnings(model: str, *fallbacks: str) -> list[str]:
+        return list(accepted(init(with_aliases, model=model, fallbackModels=fallbacks, **asked_for))["warnings"])
+
+    limited = "max_tokens is 500: limited to 100 for ollama"
+    unsent = [f"{name} is not sent: anthropic does not take it" for name in ("temperature", "top_p")]
+    assert warnings("gpt-4o") == []
+    assert warnings("ollama/a") == [limited]
+    assert warnings("gpt-4o", "claude-x", "ollama/a", "claude-y") == [*unsent, limited]
+    assert warnings("old/claude-2") == ["temperature is 1.5: old takes 0 to 1, so it is sent as 1"]
 
 
 def test_outside_dev_mode_there_is_no_echo(make_client: MakeClient) -> None:

@@ -45,7 +45,8 @@ def icon() -> Response:
 @bp.get("/demo/models")
 def models() -> Response:
     """What a person may choose from."""
-    shown = [{"id": route.model, "provider": route.provider} for route in parts().providers.shown()]
+    providers = parts().providers
+    shown = [{"id": providers.name_of(route), "provider": route.provider} for route in providers.shown()]
     default = parts().config.default_model
     if default not in [model["id"] for model in shown]:
         default = shown[0]["id"]

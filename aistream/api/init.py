@@ -19,6 +19,7 @@ from werkzeug.exceptions import RequestEntityTooLarge
 from aistream.api import bearer, json_response, parts
 from aistream.callback import timestamp
 from aistream.config import Config
+from aistream.endpoints import Effort
 from aistream.errors import DestinationRefused, Fault, InvalidRequest, Problem
 from aistream.session import IdempotencyKey, Message, Request
 from aistream.tokens import Caller
@@ -26,6 +27,7 @@ from aistream.tokens import Caller
 bp = Blueprint("init", __name__)
 
 MAX_MESSAGES = 200
+MAX_FALLBACKS = 5
 MAX_METADATA_CHARS = 16_384
 MAX_URL_CHARS = 2_048
 #: As long as Stripe's.
@@ -42,6 +44,7 @@ def _no_nul(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_no_nul)]
 Name = Annotated[str, StringConstraints(max_length=512), AfterValidator(_no_nul)]
+Model = Annotated[str, StringConstraints(min_length=1, max_length=200), AfterValidator(_no_nul)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=200), AfterValidator(_no_nul)]
 #: Echoed in the type it came in. JSON has no NaN, and `true` is no number.
 Echoed = Name | int | float | None
@@ -66,13 +69,15 @@ class InitRequest(BaseModel):
     prompt: Annotated[str, StringConstraints(min_length=1), AfterValidator(_no_nul)]
     userId: Echoed = None
     chatId: Echoed = None
-    model: Annotated[str, StringConstraints(min_length=1, max_length=200), AfterValidator(_no_nul)] | None = None
+    model: Model | None = None
+    fallbackModels: Annotated[list[Model], Field(max_length=MAX_FALLBACKS)] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     messages: Annotated[list[Turn], Field(max_length=MAX_MESSAGES)] | None = None
     system: Text | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    reasoning_effort: Effort | None = None
     metadata: dict[str, Any] | None = None
     format: Literal["text", "json"] | None = None
     start: Literal["connect", "immediate"] | None = None
@@ -175,7 +180,7 @@ def accept(body: dict[str, Any], caller: Caller, key: IdempotencyKey | None = No
         "expiresAt": None if asked_of_model.immediate else timestamp(accepted.deadline),
         "warnings": [
             *(f"{name} is unknown and was ignored" for name in _unknown(body)),
-            *(f"{name} is not sent: {asked_of_model.provider} does not take it" for name in _ignored(asked_of_model)),
+            *_limits_of_providers(asked_of_model),
             *(
                 ['disconnectGraceSeconds has no effect without "onDisconnect": "cancel"']
                 if asked.disconnectGraceSeconds is not None and asked.onDisconnect != "cancel"
@@ -195,7 +200,9 @@ def _request(asked: InitRequest, config: Config) -> Request:
         requested_model=model,
         model=route.model,
         provider=route.provider,
-        max_tokens=asked.max_tokens or 4096,
+        max_tokens=asked.max_tokens,
+        fallbacks=tuple(parts().providers.route(name) for name in asked.fallbackModels or []),
+        reasoning_effort=asked.reasoning_effort,
         messages=tuple(Message(turn.role, turn.content) for turn in asked.messages or []),
         system=asked.system,
         temperature=asked.temperature,
@@ -219,17 +226,28 @@ def _checked(body: dict[str, Any], config: Config) -> InitRequest:
         faults += _named(error)
     named = {fault.field for fault in faults}
     faults += [fault for fault in _further(body, config) if fault.field not in named]
-    try:
-        model = body.get("model") or config.default_model
-        if isinstance(model, str) and "model" not in named:
-            parts().providers.route(model)
-    except InvalidRequest as error:
-        if not faults:
-            raise
-        faults += error.faults
+    named |= {fault.field for fault in faults}
+    unrouted = list(_unrouted(body, named, config))
+    if len(unrouted) == 1 and not faults:
+        raise unrouted[0]
+    faults += [fault for error in unrouted for fault in error.faults]
     if faults or asked is None:
         raise InvalidRequest.naming(*faults)
     return asked
+
+
+def _unrouted(body: dict[str, Any], named: set[str], config: Config) -> Iterator[InvalidRequest]:
+    """The models that no provider serves."""
+    names = {"model": body.get("model") or config.default_model}
+    fallbacks = body.get("fallbackModels")
+    if isinstance(fallbacks, list) and "fallbackModels" not in named:
+        names |= {f"fallbackModels[{number}]": name for number, name in enumerate(fallbacks)}
+    for field, name in names.items():
+        if isinstance(name, str) and field not in named:
+            try:
+                parts().providers.route(name, field)
+            except InvalidRequest as error:
+                yield error
 
 
 def _further(body: dict[str, Any], config: Config) -> Iterator[Fault]:
@@ -305,8 +323,10 @@ def _named(error: ValidationError) -> list[Fault]:
     return [Fault(field, message[:1].lower() + message[1:]) for field, message in faults.items()]
 
 
-def _ignored(asked: Request) -> list[str]:
-    return sorted(name for name in parts().providers[asked.provider].ignores if getattr(asked, name) is not None)
+def _limits_of_providers(asked: Request) -> list[str]:
+    """What of the request does not go to one of the models that may be asked."""
+    providers = dict.fromkeys(route.provider for route in asked.routes)
+    return [warning for name in providers for warning in parts().providers[name].warnings(asked)]
 
 
 def _unknown(body: dict[str, Any]) -> list[str]:

@@ -13,8 +13,10 @@ from flask import Blueprint, Response, request
 
 from aistream.api import bearer, json_response, normal_id, parts
 from aistream.callback import description
+from aistream.endpoints import Defaults
 from aistream.errors import Conflict, Fault, InvalidRequest, NotFound, Unauthorized
 from aistream.outbox import Redelivery
+from aistream.providers import Listing
 from aistream.telemetry import exposition
 from aistream.telemetry import log as lines
 from aistream.tokens import Caller
@@ -86,6 +88,37 @@ def redeliver(session_id: str) -> Response:
     if record is not None and record.callback is not None:
         parts().delivery.wake(session_id, record.callback.origin)
     return json_response({"ok": True, "streamId": session_id, "callback": "owed"}, 202)
+
+
+@bp.get("/models")
+def models() -> Response:
+    """What an init may name as its model: of every provider what MODELS_FILE names, else what its server lists."""
+    _caller()
+    listings = parts().providers.listing()
+    return json_response(
+        {
+            "ok": True,
+            "default": parts().config.default_model,
+            "models": [
+                {"id": name, "provider": listing.endpoint.name, "model": model}
+                for listing in listings
+                for name, model in listing.routes
+            ],
+            "providers": [_provider(listing) for listing in listings],
+        }
+    )
+
+
+def _provider(listing: Listing) -> dict[str, Any]:
+    """How a provider stands. Its address is the operator's own business."""
+    endpoint = listing.endpoint
+    return {
+        "name": endpoint.name,
+        "configured": listing.usable,
+        "error": listing.error or None,
+        "defaults": endpoint.defaults.model_dump(include=set(Defaults.model_fields), exclude_none=True),
+        "limits": endpoint.limits.model_dump(exclude_none=True),
+    }
 
 
 @bp.get("/metrics")
