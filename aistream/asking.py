@@ -120,7 +120,8 @@ class Asking:
     def left_out(self) -> list[str]:
         """What of the request the model that answered was not sent, since it does not take it."""
         names = {_REQUESTED.get(name, name) for name in self.call.left_out}
-        asked = [name for name in ("temperature", "top_p", "stop", "reasoning_effort") if getattr(self._request, name)]
+        given = ("temperature", "top_p", "stop", "reasoning_effort")
+        asked = [name for name in given if getattr(self._request, name) not in (None, ())]
         found = [f"{name} was not sent: {self.route.model} does not take it" for name in asked if name in names]
         if self.call.whole and self.call.answered:
             found.append(f"the answer came in one piece: {self.route.model} may not be streamed with this key")
@@ -135,8 +136,13 @@ class Asking:
         """Seconds of it. Time in a queue does not count."""
         return self._began + self.queued + budget - time.monotonic()
 
+    def _turn_to(self, route: Route) -> Call:
+        self._requests += self.call.requests
+        self.route, self.call = route, Call(self._request, route.model)
+        return self.call
+
     def _ask(self, route: Route, budget: float) -> Events:
-        self.route = route
+        self._turn_to(route)
         if not self._providers.known(route.provider):
             raise ProviderFailed("provider_not_configured", "The service no longer has this model's provider.", retryable=False)
         bulkhead = self._providers.bulkhead(route.provider)
@@ -180,8 +186,7 @@ class Asking:
                 gevent.sleep(wait)
 
     def _attempt(self, route: Route, budget: float) -> Events:
-        self._requests += self.call.requests
-        call = self.call = Call(self._request, route.model)
+        call = self._turn_to(route)
         began = time.monotonic()
         self._first_token_by = began + min(self._providers.first_token_seconds(route, self._request), self._left(budget))
         self._silence = self._providers.silence_seconds(route.provider)

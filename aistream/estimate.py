@@ -60,7 +60,7 @@ class Estimator:
 
 
 def _is_a_fault(error: BaseException) -> bool:
-    """Of tiktoken or of a plugin, which is anybody's code. Rust's panics are BaseExceptions, of a class that nobody can import."""
+    """Of tiktoken or a plugin, which is anybody's code. Rust's panics are BaseExceptions, of a class that nobody can import."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 

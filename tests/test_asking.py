@@ -258,7 +258,7 @@ def test_what_a_model_refuses_is_remembered_for_it_and_for_its_server(ask: Ask, 
     models = f'[again]\nbase_url = "{provider.openai_url}"\n[elsewhere]\nbase_url = "{provider.openai_url}/"\n'
     name = "gpt-test-refuses-temperature-i310"
 
-    first = ask(f"again/{name}", models=models, temperature=0.5)
+    first = ask(f"again/{name}", models=models, temperature=0.0)
     assert text(first) == WHOLE
     second = ask(f"elsewhere/{name}", models=models, temperature=0.5)
     assert text(second) == WHOLE
@@ -267,7 +267,7 @@ def test_what_a_model_refuses_is_remembered_for_it_and_for_its_server(ask: Ask, 
 
     assert (first.requests, second.requests, other.requests) == (2, 1, 2)
     assert ["temperature" in asked.body for asked in provider.requests()] == [True, False, False, True, False]
-    assert second.left_out() == [f"temperature was not sent: {name} does not take it"]
+    assert first.left_out() == second.left_out() == [f"temperature was not sent: {name} does not take it"]
 
 
 def test_what_was_learned_is_forgotten_after_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -488,10 +488,14 @@ def test_a_full_provider_is_a_reason_to_ask_the_fallback(ask: Ask, provider: Pro
     provider.wait_for_open_streams(1)
 
     assert text(ask("gpt-test-hello-i321", models=models, fallbackModels=["claude-test-hello-i321"])) == WHOLE
+    both = ask("claude-test-status-s401-i321", models=models, fallbackModels=["gpt-test-hello-i321"])
+    assert failure(both).code == "overloaded"
+    assert (both.route, both.call.model, both.requests) == (Route("openai", "gpt-test-hello-i321"), "gpt-test-hello-i321", 1)
 
     provider.release()
     assert first.get(timeout=5) == "word1 word2 "
-    assert [asked.model for asked in provider.requests()] == ["gpt-test-hold-k1-n2-i321", "claude-test-hello-i321"]
+    asked = [asked.model for asked in provider.requests()]
+    assert asked == ["gpt-test-hold-k1-n2-i321", "claude-test-hello-i321", "claude-test-status-s401-i321"]
 
 
 def test_a_place_is_given_back_however_it_ends(ask: Ask, provider: ProviderServer) -> None:
