@@ -4,6 +4,7 @@ from gevent import monkey
 
 monkey.patch_all()
 
+import dataclasses
 import gc
 import os
 import shutil
@@ -111,9 +112,12 @@ def config() -> Config:
     return make_config()
 
 
-def make_config(**environ: str) -> Config:
-    """A DEV_MODE configuration, with these variables on top."""
-    return Config.from_env({"DEV_MODE": "true", "JWT_SECRET": SECRET, **environ}, lambda path: Path(path).read_text())
+def make_config(**environ: str | float) -> Config:
+    """A DEV_MODE configuration, with these variables on top; a number goes in as it is, even below what the setting allows."""
+    given = {name: value for name, value in environ.items() if isinstance(value, str)}
+    seconds: dict[str, Any] = {name.lower(): value for name, value in environ.items() if not isinstance(value, str)}
+    config = Config.from_env({"DEV_MODE": "true", "JWT_SECRET": SECRET, **given}, lambda path: Path(path).read_text())
+    return dataclasses.replace(config, **seconds)
 
 
 @pytest.fixture(params=["embedded", "redis"])
@@ -127,7 +131,7 @@ def make_store(store_url: str) -> Iterator[Callable[..., Store]]:
     """Builds stores of several workers over one and the same Redis."""
     stores: list[Store] = []
 
-    def make(worker: str = "worker-1", **environ: str) -> Store:
+    def make(worker: str = "worker-1", **environ: str | float) -> Store:
         config = make_config(REDIS_URL=store_url, **environ)
         shared = stores[0].connections if stores and not store_url else None
         stores.append(Store(config, worker=worker, connections=shared))

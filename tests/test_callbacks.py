@@ -143,13 +143,13 @@ def test_a_queue_forgets_a_session_that_has_run_out(make_store: MakeStore) -> No
 
 
 def test_attempts_are_kept_with_their_time_status_and_reason(make_store: MakeStore) -> None:
-    store = make_store(LEASE_SECONDS="1")
+    store = make_store(LEASE_SECONDS=0.2)
     session_id = ended(store)
     first = Attempt(1, "retry", 1_795_000_000_000, 503, "n8n answered 503", 12)
     store.outbox.take(session_id)
     store.outbox.settle(session_id, 1, "retry", delay=0, last_answer=first.reason, line=first)
     store.outbox.take(session_id)  # and its worker is lost
-    gevent.sleep(1.05)
+    gevent.sleep(0.25)
     third = store.outbox.take(session_id)
 
     assert third is not None and (third.attempt, third.tries, third.ambiguous) == (3, 3, True)

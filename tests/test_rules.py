@@ -16,7 +16,7 @@ from aistream.log import Log
 from aistream.pulse import Pulse
 from aistream.recall import Recall, Told
 from aistream.session import CANCELLED, Claimed, Elsewhere, Ended, Finished, Missing, Outcome, Request, Short, State
-from aistream.store import NO_PLACES, NOTICED, Holding, Store
+from aistream.store import NO_PLACES, Holding, Store
 from aistream.viewing import Viewer
 from aistream.writer import LogWriter, Storing
 from tests.conftest import make_config
@@ -27,6 +27,9 @@ MakeStore = Callable[..., Store]
 ASKED = Request(prompt="p", requested_model="gpt-4", model="gpt-4", provider="openai", max_tokens=5)
 DONE = Outcome(End("stop"), "gpt-4", Usage(1, 1))
 LEASE = {"LEASE_SECONDS": "1"}
+#: A lease that is over at once: for tests that wait for nothing but its end.
+SHORT = {"LEASE_SECONDS": 0.2}
+OVER = 0.25
 
 
 def claim(store: Store, session_id: str) -> Claimed:
@@ -87,10 +90,10 @@ def test_after_an_outage_no_healthy_session_is_taken_for_lost(make_store: MakeSt
 def test_of_two_workers_that_find_a_lapsed_lease_one_gets_it_and_with_a_lease_of_its_own(
     make_store: MakeStore, session_id: str
 ) -> None:
-    lost, one, other = (make_store(name, **LEASE) for name in ("lost", "one", "other"))
+    lost, one, other = (make_store(name, LEASE_SECONDS=0.5) for name in ("lost", "one", "other"))
     claim(lost, session_id)
     one.due(NO_PLACES)
-    gevent.sleep(1.05)
+    gevent.sleep(0.55)
 
     due = one.due(NO_PLACES), other.due(NO_PLACES)
     first, second = one.claim(session_id, "recover"), other.claim(session_id, "recover")
@@ -125,10 +128,10 @@ def test_a_claim_that_never_arrived_is_not_made_up_for_without_a_viewer(make_sto
 
 @pytest.mark.parametrize("said", [0, 1])
 def test_only_a_session_that_said_nothing_runs_again(make_store: MakeStore, session_id: str, said: int) -> None:
-    lost, other = make_store("lost", **LEASE), make_store("other", **LEASE)
+    lost, other = make_store("lost", **SHORT), make_store("other", **SHORT)
     claim(lost, session_id)
     say(lost, session_id, *["x"] * said)
-    gevent.sleep(1.05)
+    gevent.sleep(OVER)
 
     recovered = other.claim(session_id, "recover")
 
@@ -139,10 +142,10 @@ def test_only_a_session_that_said_nothing_runs_again(make_store: MakeStore, sess
 
 
 def test_a_stopped_session_that_said_nothing_does_not_run_again(make_store: MakeStore, session_id: str) -> None:
-    lost, other = make_store("lost", **LEASE), make_store("other", **LEASE)
+    lost, other = make_store("lost", **SHORT), make_store("other", **SHORT)
     claim(lost, session_id)
     other.cancel(session_id)
-    gevent.sleep(1.05)
+    gevent.sleep(OVER)
 
     recovered = other.claim(session_id, "recover")
 
@@ -246,7 +249,7 @@ def test_an_emptied_store_is_noticed_and_so_is_one_that_went_back(make_store: Ma
 def test_a_running_session_is_written_anew_only_where_nothing_or_something_older_stands(
     make_store: MakeStore, session_id: str
 ) -> None:
-    owner, other = make_store("owner", **LEASE), make_store("other", **LEASE)
+    owner, other = make_store("owner", **SHORT), make_store("other", **SHORT)
     storing = storing_of(claim(owner, session_id), "a")
     say(owner, session_id, "a")
 
@@ -260,7 +263,7 @@ def test_a_running_session_is_written_anew_only_where_nothing_or_something_older
     assert owner.renew({session_id: storing.holding}) == {session_id: "gone"}
     assert owner.restore(storing.claimed, storing.log.entries())
 
-    gevent.sleep(1.05)
+    gevent.sleep(OVER)
     assert isinstance(other.claim(session_id, "recover"), Claimed)
     assert not owner.restore(storing.claimed, storing.log.entries())
     assert restored == storing.log.entries()
@@ -382,12 +385,15 @@ def test_the_memory_is_bounded_and_keeps_what_is_owed_the_longest(make_store: Ma
 
 
 @pytest.mark.parametrize("store_url", ["redis"], indirect=True)
-def test_in_a_young_store_a_missing_session_may_still_come_back(make_store: MakeStore, session_id: str) -> None:
-    store = make_store(**LEASE)
+def test_in_a_young_store_a_missing_session_may_still_come_back(
+    make_store: MakeStore, session_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aistream.store.NOTICED", 0.3)
+    store = make_store(**SHORT)
     store.due(NO_PLACES)
 
     young = store.claim(session_id)
-    gevent.sleep(2 * (1 + NOTICED) + 0.05)
+    gevent.sleep(2 * (0.2 + 0.3) + 0.05)
     old = store.claim(session_id)
 
     assert (young, old) == (Missing(perhaps=True), Missing(perhaps=False))
@@ -448,14 +454,14 @@ def test_who_has_seen_no_text_gets_that_of_the_second_run(cursor: Cursor | None)
 
 
 def test_a_copy_with_text_of_a_lost_epoch_is_thrown_away(make_store: MakeStore, session_id: str) -> None:
-    lost, other = make_store("lost", **LEASE), make_store("other", **LEASE)
+    lost, other = make_store("lost", **SHORT), make_store("other", **SHORT)
     claim(lost, session_id)
     say(lost, session_id, "seen")
-    follower = Follower(other, make_config(**LEASE))
+    follower = Follower(other, make_config(**SHORT))
     loop = gevent.spawn(follower.run)
     with follower.follow(session_id) as copy:
         other.connections.call("XDEL", "aistream:{0}:log:" + session_id, "1-1")  # the failover
-        gevent.sleep(1.05)
+        gevent.sleep(OVER)
         assert isinstance(other.claim(session_id, "recover"), Claimed)
 
         say(other, session_id, "another", epoch=2)

@@ -22,6 +22,10 @@ DONE = Outcome(End("stop"), "gpt-4-0613", Usage(3, 4), first_token_ms=5)
 #: Places for callbacks.
 ROOM = Places(10, 10, {})
 
+#: A lease that is over at once: for tests that wait for nothing but its end.
+SHORT = {"LEASE_SECONDS": 0.2}
+OVER = 0.25
+
 
 def create(store: Store, session_id: str) -> None:
     store.create(session_id, "n8n", ASKED, "http://n8n/w?signature=ab")
@@ -40,14 +44,14 @@ def ended(store: Store, session_id: str, answer: str = "answer") -> None:
 
 
 def test_a_created_session_is_due_after_its_time_and_not_before(make_store: MakeStore, session_id: str) -> None:
-    store = make_store(SESSION_TTL_SECONDS="1")
+    store = make_store(SESSION_TTL_SECONDS=0.5)
 
     accepted = store.create(session_id, "n8n", ASKED, "http://n8n/w")
     at_once = store.due(ROOM).due
 
-    assert accepted.deadline - accepted.created_at == 1000
+    assert accepted.deadline - accepted.created_at == 500
     assert at_once == []
-    gevent.sleep(1.05)
+    gevent.sleep(0.55)
     assert store.due(ROOM).due == [(session_id, State.PENDING, "")]
 
 
@@ -98,10 +102,10 @@ def test_events_come_back_as_they_were_appended(make_store: MakeStore, session_i
 
 
 def test_a_late_append_of_an_earlier_epoch_is_refused(make_store: MakeStore, session_id: str) -> None:
-    paused, other = make_store("paused", LEASE_SECONDS="1"), make_store("other", LEASE_SECONDS="1")
+    paused, other = make_store("paused", **SHORT), make_store("other", **SHORT)
     running(paused, session_id)
     paused.append([(session_id, Cursor(1, 1), Text("seen"))])
-    gevent.sleep(1.05)
+    gevent.sleep(OVER)
 
     recovered = other.claim(session_id, "recover")
     (refused,) = paused.append([(session_id, Cursor(1, 2), Text("late"))])
@@ -113,12 +117,12 @@ def test_a_late_append_of_an_earlier_epoch_is_refused(make_store: MakeStore, ses
 
 
 def test_a_session_that_only_started_may_run_once_more_and_then_never_again(make_store: MakeStore, session_id: str) -> None:
-    store = make_store(LEASE_SECONDS="1")
+    store = make_store(**SHORT)
     running(store, session_id)
 
-    gevent.sleep(1.05)
+    gevent.sleep(OVER)
     second = store.claim(session_id, "recover")
-    gevent.sleep(1.05)
+    gevent.sleep(OVER)
     third = store.claim(session_id, "recover")
 
     assert isinstance(second, Claimed) and (second.epoch, second.may_run) == (2, True)
@@ -161,11 +165,11 @@ def test_the_ending_waits_for_the_events_before_it(make_store: MakeStore, sessio
 
 
 def test_a_pending_session_expires_only_when_its_time_has_come(make_store: MakeStore, session_id: str) -> None:
-    store = make_store(SESSION_TTL_SECONDS="1")
+    store = make_store(SESSION_TTL_SECONDS=0.5)
     create(store, session_id)
 
     early = store.finish(session_id, 0, 0, 0, EXPIRED, "", DONE)
-    gevent.sleep(1.05)
+    gevent.sleep(0.55)
     late = store.finish(session_id, 0, 0, 0, EXPIRED, "", DONE)
 
     assert (early, late) == (Fenced(), Finished(Cursor(1, 0), State.EXPIRED))
@@ -203,11 +207,11 @@ def test_a_callback_is_tried_again_after_its_delay_and_counts_its_attempts(make_
 
 
 def test_an_attempt_left_open_by_a_lost_worker_is_ambiguous(make_store: MakeStore, session_id: str) -> None:
-    store = make_store(LEASE_SECONDS="1")
+    store = make_store(**SHORT)
     ended(store, session_id)
 
     store.outbox.take(session_id)
-    gevent.sleep(1.05)
+    gevent.sleep(OVER)
     second = store.outbox.take(session_id)
 
     assert second is not None and (second.attempt, second.ambiguous) == (2, True)
@@ -266,11 +270,11 @@ def test_a_dead_callback_is_kept_for_a_week(make_store: MakeStore, session_id: s
 
 
 def test_no_more_callbacks_are_given_than_there_are_places(make_store: MakeStore) -> None:
-    store = make_store(SESSION_TTL_SECONDS="1")
+    store = make_store(SESSION_TTL_SECONDS=0.2)
     for number in range(4):
         ended(store, f"ended-{number}")
     create(store, "pending")
-    gevent.sleep(1.05)
+    gevent.sleep(0.25)
 
     due = store.due(Places(2, 2, {})).due
 
@@ -278,14 +282,14 @@ def test_no_more_callbacks_are_given_than_there_are_places(make_store: MakeStore
 
 
 def test_after_a_silence_running_sessions_get_one_lease_to_renew_first(make_store: MakeStore, session_id: str) -> None:
-    store = make_store(LEASE_SECONDS="1")
+    store = make_store(LEASE_SECONDS=0.5)
     running(store, session_id)
-    gevent.sleep(1.05)
+    gevent.sleep(0.55)
 
     first_look = store.due(NO_PLACES).due
-    gevent.sleep(0.5)
+    gevent.sleep(0.1)
     during_calm = store.due(NO_PLACES).due
-    gevent.sleep(0.6)
+    gevent.sleep(0.45)
     after_calm = store.due(NO_PLACES).due
 
     assert (first_look, during_calm) == ([], [])

@@ -14,6 +14,9 @@ from aistream.writer import LogWriter, Storing
 from tests.service import wait_until
 
 MakeStore = Callable[..., Store]
+#: A lease that is over at once: no test waits for anything but its end.
+SHORT = {"LEASE_SECONDS": 0.2}
+OVER = 0.25
 ASKED = Request(prompt="p", requested_model="gpt-4", model="gpt-4", provider="openai", max_tokens=5)
 
 
@@ -48,7 +51,7 @@ class Writing:
 @pytest.fixture
 def writing(make_store: MakeStore) -> Iterator[Writing]:
     """The writer with its loop running."""
-    one = Writing(make_store(LEASE_SECONDS="1"))
+    one = Writing(make_store(**SHORT))
     loop = gevent.spawn(one.writer.run)
     yield one
     loop.kill()
@@ -71,8 +74,8 @@ def test_of_many_logs_in_one_flush_only_the_fenced_one_is_void(writing: Writing,
     for storing in (before, lost, after):
         writing.say(storing, "seen")
     wait_until(lambda: lost.stored == 2)
-    gevent.sleep(1.05)
-    assert isinstance(make_store("other", LEASE_SECONDS="1").claim("lost", "recover"), Claimed)
+    gevent.sleep(OVER)
+    assert isinstance(make_store("other", **SHORT).claim("lost", "recover"), Claimed)
 
     for storing in (before, lost, after):
         writing.say(storing, "x")
@@ -105,8 +108,8 @@ def test_the_first_event_is_stored_before_the_log_has_it(writing: Writing) -> No
 
 def test_the_first_event_of_a_lost_session_makes_the_log_void(writing: Writing, make_store: MakeStore) -> None:
     storing = writing.begin("gone")
-    gevent.sleep(1.05)
-    assert isinstance(make_store("other", LEASE_SECONDS="1").claim("gone", "recover"), Claimed)
+    gevent.sleep(OVER)
+    assert isinstance(make_store("other", **SHORT).claim("gone", "recover"), Claimed)
 
     assert writing.writer.write_first(storing, Cursor(1, 1), Text("a")) is False
     assert storing.log.dropped
