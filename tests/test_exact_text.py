@@ -113,10 +113,9 @@ def test_a_reader_whose_line_breaks_after_every_event_gets_each_once(service: Se
 
 
 def test_a_viewer_on_another_worker_gets_the_same_events(
-    redis_url: str, start_service: Callable[..., Service], provider: ProviderServer
+    redis_url: str, start_services: Callable[..., list[Service]], provider: ProviderServer
 ) -> None:
-    environ = {**provider.environ, "REDIS_URL": redis_url}
-    here, there = Pool(2).map(lambda _: start_service(**environ), range(2))
+    here, there = start_services(2, REDIS_URL=redis_url, **provider.openai_environ)
 
     def read(nasty: Nasty) -> tuple[str, list[Event], list[Event]]:
         url = here.stream_url(model=nasty.model("gpt") + "-d5", prompt=nasty.prompt)
@@ -127,7 +126,6 @@ def test_a_viewer_on_another_worker_gets_the_same_events(
     for name, watched, followed in Pool(AT_ONCE).map(read, RESUMED):
         assert text_of(watched) == BY_NAME[name].in_text_mode, name
         assert followed == watched, name
-    Pool(2).map(Service.stop, [here, there])  # at once: each takes its time
 
 
 def read_all(service: Service, n8n: Receiver, texts: tuple[Nasty, ...] | list[Nasty], family: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from flask.testing import FlaskClient
+from gevent.pool import Pool
 from werkzeug.test import TestResponse
 
 from aistream.store import Store
@@ -201,7 +202,9 @@ def init_body(subject: str) -> dict[str, Any]:
 
 
 def test_metrics_count_the_attempts_of_all_workers(start_service: Callable[..., Service], redis_url: str, n8n: Receiver) -> None:
-    service = start_service(REDIS_URL=redis_url, WEB_CONCURRENCY="2", METRICS_TOKEN="m" * 16, CALLBACK_SCHEDULE="0,0,3600")
+    service = start_service(
+        REDIS_URL=redis_url, WEB_CONCURRENCY="2", METRICS_TOKEN="m" * 16, CALLBACK_SCHEDULE="0,0,3600", LEASE_SECONDS="1"
+    )
     n8n.answers([Answer(503), FINISHED_ALREADY])
     for number in range(8):
         service.read(service.stream_url(model="echo", prompt="a", resumeUrl=n8n.url(f"/{number}")))
@@ -242,7 +245,7 @@ def test_a_service_removes_the_metrics_of_masters_that_were_killed(start_service
 def test_metrics_go_where_the_operator_wants_them(start_service: Callable[..., Service], tmp_path: Path) -> None:
     (tmp_path / "metrics").mkdir()
 
-    service = start_service(PROMETHEUS_MULTIPROC_DIR=str(tmp_path / "metrics"))
+    service = start_service(PROMETHEUS_MULTIPROC_DIR=str(tmp_path / "metrics"), LEASE_SECONDS="1")
     pid = service.pid
     service.stop()
 
@@ -290,6 +293,11 @@ def shell(*args: str, **environ: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, cwd=ROOT, env={**required, **environ}, capture_output=True, text=True, timeout=60)
 
 
+def shells(*calls: tuple[str, ...], **environ: str) -> "list[subprocess.CompletedProcess[str]]":
+    """Runs several, none of which changes anything, at the same time: most of what each takes is Python's own start."""
+    return Pool(len(calls)).map(lambda args: shell(*args, **environ), calls)
+
+
 @pytest.fixture
 def store(redis_url: str) -> Store:
     """A store on the private Redis."""
@@ -299,8 +307,7 @@ def store(redis_url: str) -> Store:
 def test_the_shell_lists_what_is_owed_and_dead_in_a_table(store: Store, redis_url: str) -> None:
     letter, owed = dead(store, subject="somebody"), ended(store, subject="else")
 
-    table = shell("list", REDIS_URL=redis_url)
-    letters = shell("list", "--state", "dead", "--json", REDIS_URL=redis_url)
+    table, letters = shells(("list",), ("list", "--state", "dead", "--json"), REDIS_URL=redis_url)
 
     head, first, second, total = table.stdout.splitlines()
     assert head.split() == ["session", "callback", "ended", "attempts", "next", "origin", "answer", "last", "answer"]
@@ -314,13 +321,12 @@ def test_the_shell_lists_what_is_owed_and_dead_in_a_table(store: Store, redis_ur
 def test_the_shell_shows_a_session_with_every_attempt(store: Store, redis_url: str) -> None:
     letter = dead(store, subject="somebody")
 
-    shown = shell("show", letter, REDIS_URL=redis_url)
-    unknown = shell("show", UNKNOWN, REDIS_URL=redis_url)
+    shown, unknown, whole = shells(("show", letter), ("show", UNKNOWN), ("show", letter, "--json"), REDIS_URL=redis_url)
 
     for part in (letter, "somebody", "completed", "dead to http://one:1, 1 attempts", "n8n answered 410", "gone", "7 ms"):
         assert part in shown.stdout
     assert (unknown.returncode, unknown.stderr.strip()) == (1, f"{UNKNOWN} is not known (any more)")
-    assert json.loads(shell("show", letter, "--json", REDIS_URL=redis_url).stdout)["streamId"] == letter
+    assert json.loads(whole.stdout)["streamId"] == letter
 
 
 def test_the_shell_has_dead_letters_delivered_again(
@@ -346,8 +352,9 @@ def test_the_shell_has_dead_letters_delivered_again(
 
 
 def test_the_shell_says_what_keeps_it_from_working(free_port: int) -> None:
-    embedded, away = shell("list"), shell("list", REDIS_URL=f"redis://127.0.0.1:{free_port}")
-    wrong, neither = shell("list", PORT="x"), shell("redeliver", REDIS_URL=f"redis://127.0.0.1:{free_port}")
+    away_url = f"redis://127.0.0.1:{free_port}"
+    away, neither = shells(("list",), ("redeliver",), REDIS_URL=away_url)
+    embedded, wrong = shell("list"), shell("list", PORT="x")
 
     assert [one.returncode for one in (embedded, away, wrong, neither)] == [1, 1, 1, 2]
     assert "REDIS_URL is not set" in embedded.stderr and "Redis cannot be reached" in away.stderr

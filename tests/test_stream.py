@@ -247,7 +247,7 @@ def test_after_the_replay_a_browser_gets_the_reason_and_others_410(start_service
 
 
 def test_a_viewer_too_many_waits_with_heartbeats_for_a_place(start_service: StartService, provider: ProviderServer) -> None:
-    service = start_service(MAX_VIEWERS_PER_SESSION="1", **provider.environ)
+    service = start_service(MAX_VIEWERS_PER_SESSION="1", **provider.openai_environ)
     url = service.stream_url(model="gpt-test-hold-n4-k2-i5")
 
     with service.watch(url) as first:
@@ -264,7 +264,7 @@ def test_a_viewer_too_many_waits_with_heartbeats_for_a_place(start_service: Star
 
 
 def test_a_silent_stream_beats_from_the_first_byte_on(start_service: StartService, provider: ProviderServer) -> None:
-    service = start_service(HEARTBEAT_SECONDS="0.3", **provider.environ)
+    service = start_service(HEARTBEAT_SECONDS="0.3", **provider.openai_environ)
     url = service.stream_url(model="gpt-test-hello-f1500")
 
     began = time.monotonic()

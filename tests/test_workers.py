@@ -27,6 +27,8 @@ from tests.service import ROOT, SECRET, Event, Service, n8n_token, on, text_of, 
 
 StartService = Callable[..., Service]
 WORDS = 30
+#: A worker that stops in the first third of its first lease waits for the end of it; what is shown here is something else.
+BRIEF = {"LEASE_SECONDS": "1"}
 ECHO = Request(prompt="a", requested_model="echo", model="echo", provider="echo", max_tokens=5)
 
 
@@ -180,7 +182,7 @@ def test_an_attempt_that_takes_longer_than_a_lease_is_not_made_again(pair: list[
 def test_a_worker_told_to_stop_lets_its_answers_and_callbacks_finish(
     start_service: StartService, request: pytest.FixtureRequest, provider: ProviderServer, n8n: Receiver, embedded: bool
 ) -> None:
-    environ = {} if embedded else {"REDIS_URL": request.getfixturevalue("redis_url")}
+    environ = BRIEF if embedded else {"REDIS_URL": request.getfixturevalue("redis_url"), **BRIEF}
     service = start_service(DRAIN_SECONDS="10", **environ, **provider.openai_environ)
     watched = service.stream_url(model="gpt-test-long-n40-d25-i96", resumeUrl=n8n.url("/watched"))
     alone = service.stream_url(model="gpt-test-long-n40-d25-i97", resumeUrl=n8n.url("/alone"))
@@ -201,7 +203,7 @@ def test_a_worker_told_to_stop_lets_its_answers_and_callbacks_finish(
 def test_what_cannot_finish_in_the_drains_time_ends_as_failed_with_its_part(
     start_service: StartService, provider: ProviderServer, n8n: Receiver
 ) -> None:
-    service = start_service(DRAIN_SECONDS="0.5", **provider.openai_environ)
+    service = start_service(DRAIN_SECONDS="0.5", **BRIEF, **provider.openai_environ)
     url = service.stream_url(model="gpt-test-hold-n5-k2-i98", resumeUrl=n8n.url())
     with service.watch(url) as viewer:
         seen = [next(viewer) for _ in range(2)]
@@ -214,7 +216,7 @@ def test_what_cannot_finish_in_the_drains_time_ends_as_failed_with_its_part(
 
 
 def test_a_worker_that_has_drained_begins_nothing_that_its_exit_would_cut(redis_url: str) -> None:
-    config = make_config(REDIS_URL=redis_url)
+    config = make_config(REDIS_URL=redis_url, **BRIEF)
     with closing(Store(config)) as other:
         parts = create_app(config).extensions["aistream"]
         parts.background.start()
@@ -233,14 +235,14 @@ def test_a_worker_that_has_drained_begins_nothing_that_its_exit_would_cut(redis_
 def test_in_the_second_half_of_its_drain_a_worker_leaves_new_answers_to_others(
     start_service: StartService, redis_url: str, provider: ProviderServer, n8n: Receiver
 ) -> None:
-    environ = {"REDIS_URL": redis_url, "LEASE_SECONDS": "1", "DRAIN_SECONDS": "6", **provider.openai_environ}
+    environ = {"REDIS_URL": redis_url, "LEASE_SECONDS": "1", "DRAIN_SECONDS": "5", **provider.openai_environ}
     service = start_service(**environ)
     ended = service.stream_url(model="gpt-test-hello-i103")
     said = service.read(ended)
     running = service.stream_url(model="gpt-test-hold-n5-k2-i101", resumeUrl=n8n.url("/running"), start="immediate")
     provider.wait_for_open_streams(1)
     stopping = gevent.spawn(service.stop)
-    gevent.sleep(4)  # it drains, and waits for the one that runs
+    gevent.sleep(3.2)  # it drains, and waits for the one that runs
 
     late = service.stream_url(model="gpt-test-hello-i102", resumeUrl=n8n.url("/late"))
     sent_away = service.read(late)  # as by a broken line: nothing, and no reason not to come back
@@ -257,7 +259,7 @@ def test_in_the_second_half_of_its_drain_a_worker_leaves_new_answers_to_others(
 
 
 def test_an_idle_connection_does_not_hold_a_worker_back(start_service: StartService) -> None:
-    service = start_service(DRAIN_SECONDS="60")
+    service = start_service(DRAIN_SECONDS="60", **BRIEF)
     with socket.create_connection(("127.0.0.1", service.port)) as idle:
         idle.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         assert idle.recv(4096).startswith(b"HTTP/1.1 200")
