@@ -14,8 +14,9 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import gevent
 import hypothesis  # noqa: F401  # its plugin would import it at the end, when gc.freeze() hides what it looks for
@@ -35,7 +36,7 @@ MakeClient = Callable[..., FlaskClient]
 UNDER_CI = os.environ.get("CI") == "true"
 
 
-def missing(what: str) -> None:
+def missing(what: str) -> NoReturn:
     """A neighbour that is not on this machine: a failure under CI, one clear line elsewhere."""
     message = f"{what} is not on this machine: `make test` installs it"
     if UNDER_CI:
@@ -43,15 +44,13 @@ def missing(what: str) -> None:
     pytest.skip(message)
 
 
-@pytest.fixture(scope="session")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A private Redis on a unix socket; gives its URL."""
+@contextmanager
+def running_redis(folder: Path) -> Iterator[str]:
+    """A private Redis on a unix socket in this folder; gives its URL."""
     path = f"{sys.prefix}/bin:{os.environ['PATH']}"  # `make test` may have put one into the venv
     program = shutil.which("redis-server", path=path) or shutil.which("valkey-server", path=path)
     if program is None:
         missing("redis-server")
-        return
-    folder = tmp_path_factory.mktemp("redis")
     sock = folder / "redis.sock"
     command = [program, "--port", "0", "--unixsocket", str(sock), "--save", "", "--maxmemory-policy", "noeviction"]
     with (folder / "log").open("w") as log:
@@ -65,6 +64,13 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(10)
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The private Redis that all tests share, one after the other."""
+    with running_redis(tmp_path_factory.mktemp("redis")) as url:
+        yield url
 
 
 @pytest.fixture
@@ -176,9 +182,38 @@ def pair_on(start_services: Callable[..., list[Service]], provider: ProviderServ
 
 
 @pytest.fixture
-def pair(pair_on: Callable[[str], list[Service]], redis_url: str) -> list[Service]:
-    """Two replicas over the private Redis."""
+def own_pair(pair_on: Callable[[str], list[Service]], redis_url: str) -> list[Service]:
+    """Two replicas over the private Redis, which the test may hurt."""
     return pair_on(redis_url)
+
+
+@pytest.fixture(scope="session")
+def shared_pair(
+    provider_process: ProviderServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[list[Service], str]]:
+    """The processes behind `pair`, and their Redis: no other test may empty it."""
+    with running_redis(tmp_path_factory.mktemp("redis-of-pair")) as url:
+        environ = {"REDIS_URL": url, "LEASE_SECONDS": "1", **provider_process.openai_environ}
+        folder = tmp_path_factory.mktemp("pair")
+        services = [Service(folder / f"service-{i}.log", environ) for i in range(2)]
+        try:
+            for service in services:
+                service.spawn()
+            for service in services:
+                service.wait()
+            yield services, url
+        finally:
+            for service in services:
+                service.kill()
+
+
+@pytest.fixture
+def pair(shared_pair: tuple[list[Service], str], provider: ProviderServer) -> Iterator[list[Service]]:
+    """Two replicas like `own_pair`; shared by all tests that leave them and their Redis as they were."""
+    services, url = shared_pair
+    yield services
+    with closing(redis.Redis.from_url(url)) as client:
+        assert_every_key_expires(client.execute_command)
 
 
 @pytest.fixture(scope="session")

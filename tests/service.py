@@ -58,10 +58,10 @@ class Service:
         """Everything it has printed."""
         return self._log.read_text(errors="replace")
 
-    def lines(self, event: str) -> list[dict[str, Any]]:
-        """Its log lines of this name."""
+    def lines(self, event: str, **fields: Any) -> list[dict[str, Any]]:
+        """Its log lines of this name, with these fields."""
         parsed = [json.loads(line) for line in self.log.splitlines() if line.startswith("{")]
-        return [line for line in parsed if line["event"] == event]
+        return [line for line in parsed if line["event"] == event and line.items() >= fields.items()]
 
     def start(self) -> None:
         """Starts it and waits until it answers."""
@@ -180,6 +180,11 @@ def watch(url: str, last_id: str | None = None, **headers: str) -> Iterator[Watc
 def on(service: Service, url: str) -> str:
     """The same stream, asked of another replica."""
     return service.url + url[url.index("/stream/") :]
+
+
+def session_in(url: str) -> str:
+    """The session's id in a stream's address."""
+    return url.partition("/stream/")[2].partition("?")[0]
 
 
 def wait_until(holds: Callable[[], object], timeout: float = 10.0) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import random
-from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -10,7 +9,6 @@ import pytest
 from gevent.pool import Pool
 
 from tests.nasty import BY_NAME, NASTY, Nasty, differences
-from tests.neighbours.provider import ProviderServer
 from tests.neighbours.receiver import Receiver
 from tests.service import Event, Service, text_of
 
@@ -112,10 +110,8 @@ def test_a_reader_whose_line_breaks_after_every_event_gets_each_once(service: Se
         assert broken == whole, name
 
 
-def test_a_viewer_on_another_worker_gets_the_same_events(
-    redis_url: str, start_services: Callable[..., list[Service]], provider: ProviderServer
-) -> None:
-    here, there = start_services(2, REDIS_URL=redis_url, **provider.openai_environ)
+def test_a_viewer_on_another_worker_gets_the_same_events(pair: list[Service]) -> None:
+    here, there = pair
 
     def read(nasty: Nasty) -> tuple[str, list[Event], list[Event]]:
         url = here.stream_url(model=nasty.model("gpt") + "-d5", prompt=nasty.prompt)

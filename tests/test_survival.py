@@ -25,7 +25,7 @@ from tests.neighbours.line import Line
 from tests.neighbours.provider import Asked, ProviderServer
 from tests.neighbours.receiver import HANG, Receiver
 from tests.neighbours.redis import RedisServer, program
-from tests.service import Event, Service, on, text_of, wait_until, watch
+from tests.service import Event, Service, on, session_in, text_of, wait_until, watch
 
 StartService = Callable[..., Service]
 LEASE = {"LEASE_SECONDS": "1"}
@@ -76,7 +76,7 @@ def test_a_stopped_answer_lets_the_provider_go_within_a_second_and_is_kept(
     (callback,) = n8n.wait_for(1)
     asked = asked_of(provider, model)
     late = stop(on(pair[1], url))
-    session = url.partition("/stream/")[2].partition("?")[0]
+    session = session_in(url)
     # On its own worker it may have ended by the time the store is asked.
     for answer in (first_word, again):
         assert answer.json() == {"ok": True, "streamId": session, "status": answer.json()["status"]}
@@ -197,7 +197,7 @@ def test_a_session_that_wants_it_is_cancelled_when_its_last_viewer_has_left(
     with watch(on(pair[0], url)) as first:
         seen = [next(first) for _ in range(3)]
         second = gevent.spawn(pair[1].read, on(pair[1], url))
-        wait_until(lambda: len(pair[1].lines("viewer.left")) == 0 and not second.dead)
+        wait_until(lambda: len(pair[1].lines("viewer.left", session=session_in(url))) == 0 and not second.dead)
         gevent.sleep(0.3)
 
     gevent.sleep(3)  # the first has left, the second watches on another worker

@@ -23,7 +23,7 @@ from aistream.store import Store
 from tests.conftest import make_config
 from tests.neighbours.provider import ProviderServer
 from tests.neighbours.receiver import HANG, Answer, Receiver
-from tests.service import ROOT, SECRET, Event, Service, n8n_token, on, text_of, wait_until, watch
+from tests.service import ROOT, SECRET, Event, Service, n8n_token, on, session_in, text_of, wait_until, watch
 
 StartService = Callable[..., Service]
 WORDS = 30
@@ -78,9 +78,9 @@ def test_connects_to_both_workers_at_once_start_one_generation(pair: list[Servic
 
 
 def test_a_killed_worker_ends_its_answer_as_failed_and_n8n_gets_the_part(
-    pair: list[Service], provider: ProviderServer, n8n: Receiver
+    own_pair: list[Service], provider: ProviderServer, n8n: Receiver
 ) -> None:
-    lost, alive = pair
+    lost, alive = own_pair
     url = lost.stream_url(model="gpt-test-hold-n6-k3-i94", resumeUrl=n8n.url())
     with watch(on(lost, url)) as viewer:
         seen = [next(viewer) for _ in range(3)]
@@ -96,9 +96,9 @@ def test_a_killed_worker_ends_its_answer_as_failed_and_n8n_gets_the_part(
 
 
 def test_a_worker_killed_before_the_first_word_is_replaced_unnoticed(
-    pair: list[Service], provider: ProviderServer, n8n: Receiver
+    own_pair: list[Service], provider: ProviderServer, n8n: Receiver
 ) -> None:
-    lost, alive = pair
+    lost, alive = own_pair
     url = lost.stream_url(model="gpt-test-hello-f3000-x1-i95", resumeUrl=n8n.url())
     connecting = gevent.spawn(_open_and_wait, on(lost, url))
     provider.wait_for_open_streams(1)
@@ -121,9 +121,9 @@ def _open_and_wait(url: str) -> None:
 
 
 def test_a_worker_that_wakes_up_after_its_lease_shows_its_viewers_what_the_log_says(
-    pair: list[Service], provider: ProviderServer, n8n: Receiver
+    own_pair: list[Service], provider: ProviderServer, n8n: Receiver
 ) -> None:
-    paused, alive = pair
+    paused, alive = own_pair
     url = paused.stream_url(model="gpt-test-hold-n6-k3-i89", resumeUrl=n8n.url())
     with watch(on(paused, url)) as viewer:
         seen = [next(viewer) for _ in range(3)]
@@ -139,8 +139,8 @@ def test_a_worker_that_wakes_up_after_its_lease_shows_its_viewers_what_the_log_s
     assert alive.read(on(alive, url)) == seen + rest[-1:]
 
 
-def test_a_callback_whose_worker_was_killed_is_sent_by_another(pair: list[Service], n8n: Receiver) -> None:
-    lost, alive = pair
+def test_a_callback_whose_worker_was_killed_is_sent_by_another(own_pair: list[Service], n8n: Receiver) -> None:
+    lost, alive = own_pair
     n8n.down()
     url = lost.stream_url(model="echo", prompt="a b", resumeUrl=n8n.url())
     lost.read(on(lost, url))
@@ -154,8 +154,8 @@ def test_a_callback_whose_worker_was_killed_is_sent_by_another(pair: list[Servic
     wait_until(lambda: alive.lines("callback.attempted"))
 
 
-def test_an_attempt_whose_worker_was_killed_is_made_again_a_lease_later(pair: list[Service], n8n: Receiver) -> None:
-    lost, alive = pair
+def test_an_attempt_whose_worker_was_killed_is_made_again_a_lease_later(own_pair: list[Service], n8n: Receiver) -> None:
+    lost, alive = own_pair
     n8n.answers([HANG])
     lost.read(lost.stream_url(model="echo", prompt="a b", resumeUrl=n8n.url()))
     n8n.wait_for(1)
@@ -170,12 +170,13 @@ def test_an_attempt_whose_worker_was_killed_is_made_again_a_lease_later(pair: li
 def test_an_attempt_that_takes_longer_than_a_lease_is_not_made_again(pair: list[Service], n8n: Receiver) -> None:
     n8n.answers([Answer(delay=3.5)])  # three leases
     one, _ = pair
-    one.read(one.stream_url(model="echo", prompt="a b", resumeUrl=n8n.url()))
+    url = one.stream_url(model="echo", prompt="a b", resumeUrl=n8n.url())
+    one.read(url)
 
-    wait_until(lambda: one.lines("callback.attempted"))
+    wait_until(lambda: one.lines("callback.attempted", session=session_in(url)))
 
     assert [received.json["attempt"] for received in n8n.requests] == [1]
-    assert one.lines("callback.attempted")[0]["outcome"] == "delivered"
+    assert one.lines("callback.attempted", session=session_in(url))[0]["outcome"] == "delivered"
 
 
 @pytest.mark.parametrize("embedded", [True, False])
