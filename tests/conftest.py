@@ -277,6 +277,13 @@ def free_port() -> int:
 def no_greenlet_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """Whatever a test starts in this process has ended when the test has."""
     # Set up before the other fixtures, so that it is torn down after them; session fixtures may start what they keep.
+    with nothing_left_running():
+        yield
+
+
+@contextmanager
+def nothing_left_running() -> Iterator[None]:
+    """Whatever is started within has ended two seconds later."""
     # What is older is frozen: it is not looked through again, which took a quarter of a second for each test.
     gc.collect()
     gc.freeze()
