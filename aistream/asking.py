@@ -138,7 +138,7 @@ class Asking:
 
     def _turn_to(self, route: Route) -> Call:
         self._requests += self.call.requests
-        self.route, self.call = route, Call(self._request, route.model)
+        self.route, self.call = route, Call(self._request, route.model, self._providers.secret(route.provider))
         return self.call
 
     def _ask(self, route: Route, budget: float) -> Events:

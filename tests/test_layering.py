@@ -30,8 +30,8 @@ ORDER = """
     connections  pulse
     providers.openai  providers.anthropic  providers.echo
     providers.wire
-    providers.failures
-    providers.base  providers.redaction  providers.adaptation  providers.bulkhead
+    providers.failures  providers.adaptation
+    providers.base  providers.redaction  providers.bulkhead
     estimate
     callback  telemetry  destination
     environment  shared_metrics

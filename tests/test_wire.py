@@ -178,7 +178,7 @@ def test_what_is_no_such_json_is_malformed(data: bytes) -> None:
     ],
 )
 def test_an_error_event_is_named_by_its_words_and_quoted_only_in_the_log(error: object, code: str, words: list[str]) -> None:
-    failed = failures.error_event(error, call(), "the-key")
+    failed = failures.error_event(error, call())
 
     assert (failed.code, failed.log_detail["provider_error"]) == (code, words)
     assert "secret" not in failed.message + str(failed.log_detail)

@@ -95,6 +95,10 @@ class Providers:
         """The places of this provider."""
         return self._served[name].bulkhead
 
+    def secret(self, name: str) -> str:
+        """The key of this provider, if there is one."""
+        return self._endpoints[name].key if name in self._endpoints else ""
+
     def known(self, name: str) -> bool:
         """Whether there is such a provider; a session may be older than the configuration."""
         return name in self._served

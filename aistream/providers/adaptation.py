@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from aistream import telemetry
+from aistream.endpoints import Endpoint
+from aistream.errors import ProviderFailed
+from aistream.providers.base import Call, Events
 
 #: Seconds for which a lesson holds: an organisation is verified, a server updated, and the parameter is tried again.
 FORGET = 3_600.0
@@ -14,6 +20,35 @@ MODELS = 1_000
 
 class Adaptations:
     """The lessons of this process."""
+
+    def adapted(
+        self,
+        endpoint: Endpoint,
+        model: str,
+        call: Call,
+        body: Callable[[frozenset[str]], dict[str, Any]],
+        answer: Callable[[dict[str, Any]], Events],
+    ) -> Events:
+        """The answer to a request that is made once more without what the model refuses, until that is not the reason any more.
+
+        `body` gives the request without these parameters, `answer` what comes of it. Raises ProviderFailed.
+        """
+        refused = self.of(endpoint.base_url, model)
+        while True:
+            asked = body(refused)
+            call.left_out = refused
+            call.requests += 1
+            call.refused = False
+            try:
+                yield from answer(asked)
+                return
+            except ProviderFailed as failed:
+                # What was not sent cannot be the reason.
+                named = [name for name in failed.parameters if name in asked]
+                if not named:
+                    raise
+                refused = self.learn(endpoint.base_url, model, named)
+                telemetry.provider_adapted(endpoint.name, model, named)
 
     def __init__(self) -> None:
         self._learned: OrderedDict[tuple[str, str], tuple[float, frozenset[str]]] = OrderedDict()

@@ -9,9 +9,7 @@ from typing import Any
 import anthropic
 import msgspec
 
-from aistream import telemetry
 from aistream.endpoints import Endpoint
-from aistream.errors import ProviderFailed
 from aistream.events import End, Usage
 from aistream.providers import failures, wire
 from aistream.providers.adaptation import Adaptations
@@ -116,26 +114,15 @@ class AnthropicProvider:
 
     def models(self, timeout: float) -> list[str]:
         """See `Provider.models`."""
-        call = Call(Request("", "", "", self.endpoint.name), "")
-        with failures.translated(call, self.endpoint.key, anthropic.APIStatusError, anthropic.APIConnectionError):
+        call = Call(Request("", "", "", self.endpoint.name), "", self.endpoint.key)
+        with failures.translated(call, anthropic.APIStatusError, anthropic.APIConnectionError):
             return [model.id for model in self._client.models.list(limit=1000, timeout=timeout).data]
 
     def stream(self, request: Request, model: str, call: Call) -> Events:
-        """See `Provider.stream`. A request that is refused for a parameter alone is made once more without it."""
-        base_url = self.endpoint.base_url
-        refused = self._adaptations.of(base_url, model)
-        while True:
-            body = self._body(request, model, refused)
-            call.left_out = refused
-            try:
-                yield from self._answer(body, call)
-                return
-            except ProviderFailed as failed:
-                named = [name for name in failed.parameters if name in body and name not in refused]
-                if not named:
-                    raise
-                refused = self._adaptations.learn(base_url, model, named)
-                telemetry.provider_adapted(self.endpoint.name, model, named)
+        """See `Provider.stream`."""
+        return self._adaptations.adapted(
+            self.endpoint, model, call, lambda refused: self._body(request, model, refused), lambda body: self._answer(body, call)
+        )
 
     def _body(self, request: Request, model: str, refused: frozenset[str]) -> dict[str, Any]:
         asked = parameters(request, self.endpoint)
@@ -160,21 +147,11 @@ class AnthropicProvider:
         } | {name: value for name, value in given.items() if value is not None and name not in refused}
 
     def _answer(self, body: dict[str, Any], call: Call) -> Events:
-        call.requests += 1
-        call.refused = False
-        secret = self.endpoint.key
-        with failures.translated(call, secret, anthropic.APIStatusError, anthropic.APIConnectionError):
+        with failures.translated(call, anthropic.APIStatusError, anthropic.APIConnectionError):
             create = self._client.messages.with_streaming_response.create
             # As for OpenAI: typed parameters are walked by their annotations, extra_body is merged as it is.
             with create(model=call.model, max_tokens=1, messages=[], stream=True, extra_body=body) as response:
-                call.answered = True
-                kind = response.headers.get("content-type", "")
-                if kind.startswith("application/json"):
-                    yield from _whole(response.read(), call, secret)
-                elif kind.startswith("text/html"):
-                    raise failures.failed(failures.MALFORMED, content_type="text/html")
-                else:
-                    yield from _events(response.iter_bytes(), call, secret)
+                yield from wire.read(response, call, _whole, _events)
 
 
 def _merged(turns: list[Message]) -> list[dict[str, str]]:
@@ -206,7 +183,7 @@ def _thinking(effort: str | None) -> dict[str, Any]:
     }
 
 
-def _events(chunks: Iterator[bytes], call: Call, secret: str) -> Events:
+def _events(chunks: Iterator[bytes], call: Call) -> Events:
     stop_reason = None
     stopped = False
     started = _Usage()
@@ -232,7 +209,7 @@ def _events(chunks: Iterator[bytes], call: Call, secret: str) -> Events:
                 case "error":
                     yield from said(text, reasoning)
                     if not failures.filtered(event.error):
-                        raise failures.error_event(event.error, call, secret)
+                        raise failures.error_event(event.error, call)
                     # OpenAI ends such an answer with this finish reason; Anthropic has an error event for it.
                     yield End("content_filter")
                     return
@@ -242,11 +219,11 @@ def _events(chunks: Iterator[bytes], call: Call, secret: str) -> Events:
     yield from _end(stop_reason, call)
 
 
-def _whole(body: bytes, call: Call, secret: str) -> Events:
+def _whole(body: bytes, call: Call) -> Events:
     """The answer of a server that does not stream."""
     message = wire.decode(body, _message)
     if message.error is not None:
-        raise failures.error_event(message.error, call, secret)
+        raise failures.error_event(message.error, call)
     if message.content is None or message.stop_reason is None:
         raise failures.failed(failures.MALFORMED, content_type="application/json")
     call.model = message.model or call.model

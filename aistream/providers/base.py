@@ -23,18 +23,31 @@ Events = Generator[Text | Reasoning | Usage | End, None, None]
 class Call:
     """A mutable note about one call of a provider, which its iterator fills in as it learns, and the generation reads.
 
-    `model`: what the provider calls the one that answers. `answered`: its answer has begun (status and headers are there).
-    `refused`: it was turned away, or never reached anybody, so nobody bills it.
-    `whole`: it comes in one piece, so nothing is to be heard before it is complete. `heard_at`: when it last sent anything
-    (`time.monotonic()`). `input`: what is known of the usage before its end, its output left out. `usage`: all of it so far.
-    `requests`: how many were sent. `left_out`: parameters that the provider does not take, and was not sent.
+    `model`: what the provider calls the one that answers. `secret`: the key, which no log may show. `answered`: its answer has
+    begun (status and headers are there). `refused`: it was turned away, or never reached anybody, so nobody bills it. `whole`:
+    its answer comes in one piece, so nothing is to be heard before it is complete. `heard_at`: when it last sent anything
+    (`time.monotonic()`). `input`: what is known of the usage before its end, without the output. `usage`: all of it so far.
+    `requests`: how many were sent. `left_out`: parameters that were not sent, since the provider does not take them.
     """
 
-    __slots__ = ("answered", "heard_at", "input", "left_out", "model", "refused", "request", "requests", "usage", "whole")
+    __slots__ = (
+        "answered",
+        "heard_at",
+        "input",
+        "left_out",
+        "model",
+        "refused",
+        "request",
+        "requests",
+        "secret",
+        "usage",
+        "whole",
+    )
 
-    def __init__(self, request: Request, model: str) -> None:
+    def __init__(self, request: Request, model: str, secret: str = "") -> None:
         self.request = request
         self.model = model
+        self.secret = secret
         self.answered = False
         self.refused = False
         self.whole = False

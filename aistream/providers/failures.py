@@ -91,11 +91,11 @@ def failed(kind: _Kind, *, again: bool | None = None, **detail: object) -> Provi
     return ProviderFailed(kind.code, kind.message, retryable=kind.retryable, again=again, log_detail=detail)
 
 
-def error_event(error: Any, call: Call, secret: str) -> ProviderFailed:
+def error_event(error: Any, call: Call) -> ProviderFailed:
     """The failure that an error object in the stream tells of. It comes under status 200, so only its words count."""
     error = error if isinstance(error, dict) else {}
     kind = _by_words(error) or _STATUSES.get(_whole(error.get("code")), UNAVAILABLE)  # OpenRouter's code is the status
-    return ProviderFailed(kind.code, kind.message, retryable=kind.retryable, log_detail=_detail(error, call, secret))
+    return ProviderFailed(kind.code, kind.message, retryable=kind.retryable, log_detail=_detail(error, call))
 
 
 def filtered(error: Any) -> bool:
@@ -104,7 +104,7 @@ def filtered(error: Any) -> bool:
 
 
 @contextmanager
-def translated(call: Call, secret: str, status_error: type[Any], connection_error: type[Any]) -> Iterator[None]:
+def translated(call: Call, status_error: type[Any], connection_error: type[Any]) -> Iterator[None]:
     """Turns what an SDK and its transport raise, at creation and during iteration, into ProviderFailed.
 
     anthropic 2.12.0 lets httpx2's errors through in mid-stream; openai 3.54.0 wraps them.
@@ -113,7 +113,7 @@ def translated(call: Call, secret: str, status_error: type[Any], connection_erro
         yield
     except status_error as error:
         call.refused = True
-        raise _status(error, call, secret) from error
+        raise _status(error, call) from error
     except (connection_error, httpx2.TransportError) as error:
         causes = {type(one).__name__ for one in (error, error.__cause__) if one is not None}
         timed_out = any("Timeout" in cause for cause in causes)
@@ -122,7 +122,7 @@ def translated(call: Call, secret: str, status_error: type[Any], connection_erro
         raise failed(kind, causes=sorted(causes)) from error
 
 
-def _status(error: Any, call: Call, secret: str) -> ProviderFailed:
+def _status(error: Any, call: Call) -> ProviderFailed:
     """The failure that an answer with this status stands for."""
     body = error.body if isinstance(error.body, dict) else {}
     nested = body.get("error")
@@ -140,7 +140,7 @@ def _status(error: Any, call: Call, secret: str) -> ProviderFailed:
         again=again,
         retry_after=_wait(headers),
         parameters=_parameters(status, inner, body),
-        log_detail={"provider_status": status, **_detail(inner, call, secret)},
+        log_detail={"provider_status": status, **_detail(inner, call)},
     )
 
 
@@ -208,11 +208,11 @@ def _accused(inner: dict[str, Any], body: dict[str, Any]) -> Iterator[str]:
                 yield from re.findall(r"[a-z_]+", match[1])
 
 
-def _detail(error: dict[str, Any], call: Call, secret: str) -> dict[str, object]:
+def _detail(error: dict[str, Any], call: Call) -> dict[str, object]:
     """What the log says of it: the provider's identifiers, and its words without keys, ids, and what was said to it."""
     words = [_word(error.get(key)) for key in ("type", "code", "param")]
     message = error.get("message")
-    said = redacted(message, secrets=[secret], said=call.request.texts()) if isinstance(message, str) else ""
+    said = redacted(message, secrets=[call.secret], said=call.request.texts()) if isinstance(message, str) else ""
     return {"provider_error": [word for word in words if word], "provider_message": said}
 
 

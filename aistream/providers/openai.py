@@ -10,9 +10,7 @@ from urllib.parse import urlsplit
 import msgspec
 import openai
 
-from aistream import telemetry
 from aistream.endpoints import Endpoint
-from aistream.errors import ProviderFailed
 from aistream.events import End, Usage
 from aistream.providers import failures, wire
 from aistream.providers.adaptation import Adaptations
@@ -104,26 +102,15 @@ class OpenAIProvider:
 
     def models(self, timeout: float) -> list[str]:
         """See `Provider.models`."""
-        call = Call(Request("", "", "", self.endpoint.name), "")
-        with failures.translated(call, self.endpoint.key, openai.APIStatusError, openai.APIConnectionError):
+        call = Call(Request("", "", "", self.endpoint.name), "", self.endpoint.key)
+        with failures.translated(call, openai.APIStatusError, openai.APIConnectionError):
             return [model.id for model in self._client.models.list(timeout=timeout).data]
 
     def stream(self, request: Request, model: str, call: Call) -> Events:
-        """See `Provider.stream`. A request that is refused for a parameter alone is made once more without it."""
-        base_url = self.endpoint.base_url
-        refused = self._adaptations.of(base_url, model)
-        while True:
-            body = self._body(request, model, refused)
-            call.left_out = refused
-            try:
-                yield from self._answer(body, call)
-                return
-            except ProviderFailed as failed:
-                named = [name for name in failed.parameters if name in body and name not in refused]
-                if not named:
-                    raise
-                refused = self._adaptations.learn(base_url, model, named)
-                telemetry.provider_adapted(self.endpoint.name, model, named)
+        """See `Provider.stream`."""
+        return self._adaptations.adapted(
+            self.endpoint, model, call, lambda refused: self._body(request, model, refused), lambda body: self._answer(body, call)
+        )
 
     def _body(self, request: Request, model: str, refused: frozenset[str]) -> dict[str, Any]:
         asked = parameters(request, self.endpoint)
@@ -148,25 +135,15 @@ class OpenAIProvider:
         streamed = "stream" in body
         # An organisation that is not verified may not stream some models: then the whole answer is waited for.
         call.whole = not streamed
-        call.requests += 1
-        call.refused = False
-        secret = self.endpoint.key
-        with failures.translated(call, secret, openai.APIStatusError, openai.APIConnectionError):
+        with failures.translated(call, openai.APIStatusError, openai.APIConnectionError):
             create = self._client.chat.completions.with_streaming_response.create
             # All in extra_body, which is merged over the rest: the SDK walks typed parameters by their annotations, for a
             # quarter of a request's CPU.
             with create(model=call.model, messages=[], stream=streamed, extra_body=body) as response:
-                call.answered = True
-                kind = response.headers.get("content-type", "")
-                if kind.startswith("application/json"):  # also of a server that does not stream, whatever it is asked
-                    yield from _whole(response.read(), call, secret)
-                elif kind.startswith("text/html"):
-                    raise failures.failed(failures.MALFORMED, content_type="text/html")
-                else:
-                    yield from _events(response.iter_bytes(), call, secret)
+                yield from wire.read(response, call, _whole, _events)
 
 
-def _events(chunks: Iterator[bytes], call: Call, secret: str) -> Events:
+def _events(chunks: Iterator[bytes], call: Call) -> Events:
     finish_reason = None
     refused = False
     for batch in wire.server_events(chunks, call):
@@ -177,7 +154,7 @@ def _events(chunks: Iterator[bytes], call: Call, secret: str) -> Events:
             chunk = wire.decode(event.data, _chunk)
             if chunk.error is not None:
                 yield from said(text, reasoning)
-                raise failures.error_event(chunk.error, call, secret)
+                raise failures.error_event(chunk.error, call)
             if chunk.model:
                 call.model = chunk.model
             if chunk.usage is not None:  # the last chunk's; some servers send what it is so far with each
@@ -197,10 +174,10 @@ def _events(chunks: Iterator[bytes], call: Call, secret: str) -> Events:
     yield from _end(finish_reason, refused, call)
 
 
-def _whole(body: bytes, call: Call, secret: str) -> Events:
+def _whole(body: bytes, call: Call) -> Events:
     answer = wire.decode(body, _chunk)
     if answer.error is not None:
-        raise failures.error_event(answer.error, call, secret)
+        raise failures.error_event(answer.error, call)
     if not answer.choices or (message := answer.choices[0].message) is None:
         raise failures.failed(failures.MALFORMED, content_type="application/json")
     call.model = answer.model or call.model

@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 import select
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import httpcore2._utils
 import httpx2
 import msgspec
 from gevent import monkey
 
-from aistream.providers.base import Call
+from aistream.providers.base import Call, Events
 from aistream.providers.failures import MALFORMED, failed
 
 T = TypeVar("T")
@@ -35,6 +35,24 @@ LIMITS = httpx2.Limits(max_connections=20_000, max_keepalive_connections=100, ke
 setattr(  # noqa: B010  # mypy knows that the name is httpcore2's own
     httpcore2._utils, "select", SimpleNamespace(poll=monkey.get_original("select", "poll"), POLLIN=select.POLLIN)
 )
+
+
+def read(
+    response: Any,
+    call: Call,
+    whole: Callable[[bytes, Call], Events],
+    events: Callable[[Iterator[bytes], Call], Events],
+) -> Events:
+    """The answer in an SDK's raw response: a stream, or one piece of JSON, also of a server that was asked for a stream.
+
+    Raises ProviderFailed, also for a page of HTML: the login of a captive portal, or an address that is not an API's. Both SDKs
+    take it for a stream without events.
+    """
+    call.answered = True
+    kind = response.headers.get("content-type", "")
+    if kind.startswith("text/html"):
+        raise failed(MALFORMED, content_type="text/html")
+    yield from whole(response.read(), call) if kind.startswith("application/json") else events(response.iter_bytes(), call)
 
 
 class ServerEvent(NamedTuple):
