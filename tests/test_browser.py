@@ -151,8 +151,8 @@ def test_a_simple_front_end_gets_every_chunk_and_completes_once(
 @pytest.mark.parametrize(
     ("model", "code", "count"),
     [
-        ("gpt-test-cut-k3", "provider_unavailable", 3),
-        ("claude-test-cut-k3", "provider_unavailable", 3),
+        ("gpt-test-cut-k3", "upstream_disconnected", 3),
+        ("claude-test-cut-k3", "upstream_disconnected", 3),
         ("gpt-test-error-event-k3", "provider_unavailable", 3),
         ("claude-test-error-event-k3", "provider_overloaded", 3),
         ("claude-test-truncated-k3", "upstream_truncated", 3),
@@ -443,9 +443,9 @@ def test_the_demo_page_says_why_an_answer_failed_and_what_n8n_was_told(service: 
 
     browser.wait_for("document.getElementById('status').dataset.state === 'failed'")
     callback = json.loads(browser.wait_for("document.getElementById('callback').textContent"))
-    assert "provider_unavailable" in browser.text("status")
+    assert "upstream_disconnected" in browser.text("status")
     assert browser.text("answer") == callback["answer"] == "".join(words(3))
-    assert (callback["status"], callback["error"]["code"]) == ("failed", "provider_unavailable")
+    assert (callback["status"], callback["error"]["code"]) == ("failed", "upstream_disconnected")
     assert_harmless(browser, service)
 
 

@@ -155,11 +155,12 @@ class AnthropicProvider:
 
 
 def _merged(turns: list[Message]) -> list[dict[str, str]]:
-    """User and assistant in turns: successive ones of a role are one, and an empty one, which Anthropic refuses, is none."""
+    """User and assistant in turns: successive ones of a role are one, and a blank one, which Anthropic refuses, is none.
+
+    The last one, the prompt, stays as it is.
+    """
     merged: list[dict[str, str]] = []
-    for turn in turns:
-        if turn.role == "system" or not turn.content.strip():
-            continue
+    for turn in [*(turn for turn in turns[:-1] if turn.role != "system" and turn.content.strip()), turns[-1]]:
         if merged and merged[-1]["role"] == turn.role:
             merged[-1]["content"] += "\n\n" + turn.content
         else:
