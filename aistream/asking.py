@@ -75,7 +75,7 @@ class Asking:
         #: The first token is there.
         self.begun = False
         # When the provider must have said something (`time.monotonic()`), while it is listened to.
-        self._first_token_by = 0.0
+        self._first_token_by = self._thought_by = 0.0
         self._silence = 0.0
         self._listening = False
 
@@ -189,6 +189,7 @@ class Asking:
         call = self._turn_to(route)
         began = time.monotonic()
         self._first_token_by = began + min(self._providers.first_token_seconds(route, self._request), self._left(budget))
+        self._thought_by = began + self._config.reasoning_first_token_seconds
         self._silence = self._providers.silence_seconds(route.provider)
         outcome = "stopped"
         try:
@@ -219,8 +220,9 @@ class Asking:
     def _deadline(self) -> float:
         if self.begun:
             return self.call.heard_at + self._silence
-        # An answer in one piece takes as long as it takes: MAX_STREAM_SECONDS bounds it.
-        return float("inf") if self.call.whole else self._first_token_by
+        if self.call.whole:
+            return float("inf")  # an answer in one piece takes as long as it takes: MAX_STREAM_SECONDS bounds it
+        return max(self._first_token_by, self._thought_by) if self.call.thinks else self._first_token_by
 
     def _break_silence(self) -> None:
         if self._listening and self._greenlet is not None and time.monotonic() > self._deadline():

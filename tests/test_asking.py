@@ -179,6 +179,15 @@ def test_a_model_that_thinks_first_is_waited_for_longer(ask: Ask) -> None:
     assert text(ask("openai/o3-test-slow-n2-f600", environ)) == "word1 word2 "
 
 
+def test_anthropic_that_says_that_it_thinks_is_waited_for_longer(ask: Ask) -> None:
+    environ = {"FIRST_TOKEN_SECONDS": "0.2", "REASONING_FIRST_TOKEN_SECONDS": "5"}
+
+    assert text(ask("claude-test-hidden-thoughts", environ)) == WHOLE
+    assert failure(ask("gpt-test-hidden-thoughts", environ)).code == "first_token_timeout"
+    environ["REASONING_FIRST_TOKEN_SECONDS"] = "0.3"
+    assert failure(ask("claude-test-hidden-thoughts", environ)).code == "first_token_timeout"
+
+
 def test_an_answer_in_one_piece_may_take_its_time(ask: Ask) -> None:
     environ = {"FIRST_TOKEN_SECONDS": "0.2"}
 

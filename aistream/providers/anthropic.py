@@ -27,6 +27,8 @@ _FINISH = {
 #: From this version of the API on there is no temperature and no top_p: a request that has them is answered 400, even with
 #: their default values (platform.claude.com, Versions).
 _NO_SAMPLING = "2026-10-21"
+#: Blocks of thought (anthropic 2.12.0, `raw_content_block_start_event.py`).
+_THINKING = ("thinking", "redacted_thinking")
 #: The effort of OpenAI's words in Anthropic's (anthropic 2.12.0, `output_config_param.py`).
 _EFFORT = {"minimal": "low"}
 
@@ -44,6 +46,7 @@ class _Usage(msgspec.Struct):
 
 
 class _Block(msgspec.Struct):
+    type: str = ""
     text: str | None = None
     thinking: str | None = None
 
@@ -65,6 +68,7 @@ class _Delta(msgspec.Struct):
 class _Event(msgspec.Struct):
     type: str = ""
     message: _Message | None = None
+    content_block: _Block | None = None
     delta: _Delta | None = None
     usage: _Usage | None = None
     error: Any = None
@@ -196,6 +200,9 @@ def _events(chunks: Iterator[bytes], call: Call) -> Events:
                 case "content_block_delta" if event.delta is not None:
                     text += event.delta.text or ""
                     reasoning += event.delta.thinking or ""
+                case "content_block_start" if event.content_block is not None:
+                    # Some models do not show their thoughts: then nothing but pings follows until they write.
+                    call.thinks = call.thinks or event.content_block.type in _THINKING
                 case "message_start" if event.message is not None:
                     call.model = event.message.model or call.model
                     started = event.message.usage or started

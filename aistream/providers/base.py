@@ -27,7 +27,8 @@ class Call:
     begun (status and headers are there). `refused`: it was turned away, or never reached anybody, so nobody bills it. `whole`:
     its answer comes in one piece, so nothing is to be heard before it is complete. `heard_at`: when it last sent anything
     (`time.monotonic()`). `input`: what is known of the usage before its end, without the output. `usage`: all of it so far.
-    `requests`: how many were sent. `left_out`: parameters that were not sent, since the provider does not take them.
+    `requests`: how many were sent. `left_out`: parameters that were not sent, since the provider does not take them. `thinks`: it
+    has said that it thinks, in silence.
     """
 
     __slots__ = (
@@ -40,6 +41,7 @@ class Call:
         "request",
         "requests",
         "secret",
+        "thinks",
         "usage",
         "whole",
     )
@@ -49,6 +51,7 @@ class Call:
         self.model = model
         self.secret = secret
         self.answered = False
+        self.thinks = False
         self.refused = False
         self.whole = False
         self.heard_at = time.monotonic()

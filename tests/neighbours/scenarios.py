@@ -431,6 +431,15 @@ def reasoning_parts(ask: Ask) -> Iterator[Step]:
     yield Finish()
 
 
+@scenario("hidden-thoughts", t=600)
+def hidden_thoughts(ask: Ask) -> Iterator[Step]:
+    """Anthropic: a block of thinking without its thoughts (`display: omitted`), for -t ms, then HELLO. OpenAI: the opening, then
+    nothing for -t ms, then HELLO."""
+    yield Reasoning("") if ask.api == "anthropic" else Open()
+    yield Sleep(ask.params["t"] / 1000)
+    yield from hello(ask)
+
+
 @scenario("whole")
 def whole(ask: Ask) -> Iterator[Step]:
     """As `reasoning`, but in one piece of JSON, whatever was asked for: a server that does not stream."""
