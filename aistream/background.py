@@ -138,6 +138,7 @@ class Background:
         duration_ms = round((time.monotonic() - began) * 1000)
         lines.info("worker.drained", cut=len(cut), callbacks_given_up=given_up, duration_ms=duration_ms)
         self.stop()
+        self._providers.close()
         self._drained.set()
 
     def _wait_until_idle(self, until: float) -> None:

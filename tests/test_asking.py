@@ -68,6 +68,8 @@ def ask(provider: ProviderServer, tmp_path: Path) -> Iterator[Ask]:
 
     yield make
     gevent.killall(watches)
+    for providers in known.values():
+        providers.close()
 
 
 def text(asking: Asking) -> str:

@@ -164,6 +164,11 @@ class Providers:
         for served in self._served.values():
             served.provider.warm_up()
 
+    def close(self) -> None:
+        """Closes the connections to all providers that wait for a next request."""
+        for served in self._served.values():
+            served.provider.close()
+
     def shown(self) -> Iterable[Route]:
         """Models of the configured providers for a person to choose from."""
         for name, served in self._served.items():

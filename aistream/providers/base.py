@@ -86,6 +86,10 @@ class Provider(Protocol):
         """Does ahead of the first request what would delay it."""
         ...
 
+    def close(self) -> None:
+        """Closes the connections that wait for a next request."""
+        ...
+
 
 class Parameters(NamedTuple):
     """What is asked of the model besides the conversation: the request's word, else the endpoint's default."""

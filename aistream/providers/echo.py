@@ -51,3 +51,6 @@ class EchoProvider:
 
     def warm_up(self) -> None:
         """Nothing to do."""
+
+    def close(self) -> None:
+        """Nothing to do."""

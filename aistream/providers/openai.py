@@ -96,6 +96,11 @@ class OpenAIProvider:
         """Builds the client, and the headers that make it fork `uname` once."""
         self._client.default_headers  # noqa: B018  # a cached property: asking is the work
 
+    def close(self) -> None:
+        """See `Provider.close`."""
+        if "_client" in self.__dict__:
+            self._client.close()
+
     def warnings(self, request: Request) -> list[str]:
         """See `Provider.warnings`."""
         return limited(request, self.endpoint)
