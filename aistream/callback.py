@@ -238,7 +238,7 @@ def timings(created_at: int, started_at: int | None, ended_at: int | None, outco
         "started_at": timestamp(started_at),
         "first_token_at": timestamp(first_token),
         "ended_at": timestamp(ended_at),
-        "queued_ms": outcome.queued_ms if outcome else None,
+        "queued_ms": None if started_at is None or outcome is None else outcome.queued_ms,
         "time_to_first_token_ms": first_token_ms,
         "duration_ms": None if started_at is None or ended_at is None else ended_at - started_at,
     }

@@ -48,6 +48,10 @@ def session(ending: End | Failed = End("stop"), *, answer: str = "Hi there", sta
         "gpt-4o-2026-01-01",
         Usage(11, 7, 3, 2),
         first_token_ms=250 if started else None,
+        provider="mistral",
+        queued_ms=40,
+        requests=3,
+        warnings=("top_p was not sent",),
     )
     started_at = CREATED_AT + 1000 if started else None
     return Session(SESSION_ID, request, "http://n8n:5678/w/1", answer, outcome, CREATED_AT, started_at, CREATED_AT + 2500)
@@ -74,19 +78,23 @@ def test_a_completed_answer_is_told_in_full() -> None:
         "error": None,
         "model": "gpt-4o-2026-01-01",
         "requested_model": "gpt-4o",
-        "provider": "openai",
+        "provider": "mistral",
+        "provider_requests": 3,
+        "warnings": ["top_p was not sent"],
         "usage": {
             "input_tokens": 11,
             "output_tokens": 7,
             "cached_input_tokens": 3,
             "reasoning_tokens": 2,
             "source": "provider",
+            "estimated_by": None,
         },
         "timings": {
             "created_at": "2026-11-18T11:06:40.123Z",
             "started_at": "2026-11-18T11:06:41.123Z",
             "first_token_at": "2026-11-18T11:06:41.373Z",
             "ended_at": "2026-11-18T11:06:42.623Z",
+            "queued_ms": 40,
             "time_to_first_token_ms": 250,
             "duration_ms": 1500,
         },
@@ -129,6 +137,7 @@ def test_an_expired_session_has_an_empty_answer_and_no_times_of_a_generation() -
         "started_at": None,
         "first_token_at": None,
         "ended_at": "2026-11-18T11:06:42.623Z",
+        "queued_ms": None,
         "time_to_first_token_ms": None,
         "duration_ms": None,
     }

@@ -104,9 +104,9 @@ def test_text_mode_writes_an_event_as_bare_lines(event: Event, frame: bytes) -> 
             b'id: 1-7|data: {"type":"start","streamId":"s-1","model":"gpt-4o","provider":"openai"}||',
         ),
         (
-            Usage(3, 4, 1, 2, "estimated"),
+            Usage(3, 4, 1, 2, "estimated", "tiktoken"),
             b'id: 1-7|data: {"type":"usage","input_tokens":3,"output_tokens":4,"cached_input_tokens":1,"reasoning_tokens":2,'
-            b'"source":"estimated"}||',
+            b'"source":"estimated","estimated_by":"tiktoken"}||',
         ),
         (End("length"), b'data: {"type":"end","finish_reason":"length"}||id: 1-7|data: [DONE]||'),
         (End("cancelled"), b'data: {"type":"cancelled"}||id: 1-7|data: [DONE]||'),

@@ -53,7 +53,7 @@ def test_json_mode_says_everything_as_objects(service: Service) -> None:
         f'id: 1-0\ndata: {{"type":"start","streamId":"{session}","model":"echo","provider":"echo"}}\n\n'
         'id: 1-1\ndata: {"type":"text","text":"one"}\n\n'
         'id: 1-2\ndata: {"type":"usage","input_tokens":1,"output_tokens":1,"cached_input_tokens":0,"reasoning_tokens":0,'
-        '"source":"provider"}\n\n'
+        '"source":"provider","estimated_by":null}\n\n'
         'data: {"type":"end","finish_reason":"stop"}\n\n'
         "id: 1-3\ndata: [DONE]\n\n"
     )
