@@ -32,6 +32,11 @@ from tests.neighbours.provider import ProviderServer
 from tests.neighbours.receiver import Receiver
 from tests.service import SECRET, Service
 
+# Nothing here speaks TLS, and httpx reads all certificate authorities for each of its clients: 30 ms in which this whole process,
+# neighbours included, stands still.
+os.environ.pop("SSL_CERT_FILE", None)
+os.environ["SSL_CERT_DIR"] = os.devnull
+
 MakeClient = Callable[..., FlaskClient]
 UNDER_CI = os.environ.get("CI") == "true"
 

@@ -97,7 +97,7 @@ class Service:
         until = time.monotonic() + 30
         while True:
             with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                if httpx.get(f"{self.url}/health", timeout=5, verify=False).status_code == 200:
                     return
             assert self._process.poll() is None and time.monotonic() < until, self.log
             time.sleep(0.05)
