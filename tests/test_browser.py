@@ -85,7 +85,7 @@ def production_process(
     pages, n8n = parked
     port = str(unused_port())
     environ = {
-        **provider_process.environ,
+        **provider_process.openai_environ,
         "DEV_MODE": "",
         "PORT": port,
         "BASE_URL": f"http://127.0.0.1:{port}",

@@ -17,6 +17,7 @@ from pathlib import Path
 import gevent
 import httpx
 import pytest
+from gevent.pool import Pool
 
 from aistream.session import Request
 from aistream.store import Store
@@ -214,14 +215,14 @@ def test_a_session_that_wants_it_is_cancelled_when_its_last_viewer_has_left(
 
 def test_a_viewer_that_comes_back_in_time_ends_nothing(service: Service, provider: ProviderServer, n8n: Receiver) -> None:
     url = service.stream_url(
-        model="gpt-test-hold-n6-k3-i222", resumeUrl=n8n.url(), onDisconnect="cancel", disconnectGraceSeconds=3
+        model="gpt-test-hold-n6-k3-i222", resumeUrl=n8n.url(), onDisconnect="cancel", disconnectGraceSeconds=2
     )
     with service.watch(url) as viewer:
         seen = [next(viewer) for _ in range(3)]
-    gevent.sleep(1)
+    gevent.sleep(0.6)
 
     with service.watch(url, seen[-1].id) as viewer:
-        gevent.sleep(4)
+        gevent.sleep(3.4)
         provider.release()
         seen += list(viewer)
 
@@ -287,8 +288,8 @@ def test_a_worker_that_was_stopped_shows_nothing_new_before_redis_has_said_whose
     start_service: StartService, redis: RedisServer, provider: ProviderServer, n8n: Receiver
 ) -> None:
     with Line(redis.port) as line:
-        paused = start_service(REDIS_URL=f"redis://127.0.0.1:{line.port}", **LEASE, **provider.openai_environ)
-        alive = start_service(REDIS_URL=redis.url, **LEASE, **provider.openai_environ)
+        urls = f"redis://127.0.0.1:{line.port}", redis.url
+        paused, alive = Pool(2).map(lambda url: start_service(REDIS_URL=url, **LEASE, **provider.openai_environ), urls)
         url = paused.stream_url(model="gpt-test-hold-n6-k3-i233", resumeUrl=n8n.url())
         with watch(on(paused, url)) as viewer:
             seen = [next(viewer) for _ in range(3)]
@@ -316,11 +317,10 @@ def test_a_worker_that_was_stopped_shows_nothing_new_before_redis_has_said_whose
 
 
 def test_an_outage_longer_than_the_lease_ends_nothing_that_is_healthy(
-    start_service: StartService, redis: RedisServer, provider: ProviderServer, n8n: Receiver
+    pair_on: Callable[[str], list[Service]], redis: RedisServer, provider: ProviderServer, n8n: Receiver
 ) -> None:
-    environ = {"REDIS_URL": redis.url, **LEASE, **provider.openai_environ}
-    owner, other = start_service(**environ), start_service(**environ)
-    url = owner.stream_url(model="gpt-test-long-n160-d40-i240", resumeUrl=n8n.url())
+    owner, other = pair_on(redis.url)
+    url = owner.stream_url(model="gpt-test-long-n130-d40-i240", resumeUrl=n8n.url())
     with watch(on(owner, url)) as viewer:
         got = [next(viewer) for _ in range(5)]
         redis.kill()
@@ -335,7 +335,7 @@ def test_an_outage_longer_than_the_lease_ends_nothing_that_is_healthy(
     assert away_for > 2.5
     assert (refused.status_code, refused.headers["Content-Type"]) == (503, "application/problem+json")
     assert (refused.json()["code"], refused.headers["Retry-After"]) == ("store_unavailable", "2")
-    assert [event.id for event in got[:-1]] == [f"1-{i}" for i in range(1, 161)]
+    assert [event.id for event in got[:-1]] == [f"1-{i}" for i in range(1, 131)]
     assert (callback.json["status"], callback.json["answer"]) == ("completed", text_of(got))
     assert other.read(on(other, url)) == got
     assert len(n8n.requests) == 1
@@ -369,7 +369,7 @@ def test_a_viewer_of_another_worker_gets_what_it_missed_when_redis_is_back(
     pair_on: Callable[[str], list[Service]], redis: RedisServer, provider: ProviderServer
 ) -> None:
     owner, other = pair_on(redis.url)
-    url = owner.stream_url(model="gpt-test-long-n80-d40-i242")
+    url = owner.stream_url(model="gpt-test-long-n80-d30-i242")
     with watch(on(owner, url)) as viewer, watch(on(other, url)) as follower:
         got = [next(viewer) for _ in range(5)]
         followed = [next(follower) for _ in range(5)]
@@ -424,7 +424,7 @@ def test_a_running_answer_survives_a_redis_that_starts_empty(
     pair_on: Callable[[str], list[Service]], redis: RedisServer, provider: ProviderServer, n8n: Receiver
 ) -> None:
     owner, other = pair_on(redis.url)
-    talking = owner.stream_url(model="gpt-test-long-n100-d40-i250", resumeUrl=n8n.url("/talking"))
+    talking = owner.stream_url(model="gpt-test-long-n100-d25-i250", resumeUrl=n8n.url("/talking"))
     silent = owner.stream_url(model="gpt-test-hold-n6-k3-i251", resumeUrl=n8n.url("/silent"))
     with watch(on(owner, talking)) as viewer, watch(on(other, talking)) as follower, watch(on(owner, silent)) as waiting:
         got = [next(viewer) for _ in range(5)]
@@ -581,7 +581,7 @@ def test_a_failover_without_the_last_events_leaves_no_gap(
 ) -> None:
     line, detach, switch = failover
     owner, other = pair_on(f"redis://127.0.0.1:{line.port}")
-    url = owner.stream_url(model="gpt-test-long-n100-d40-i260", resumeUrl=n8n.url())
+    url = owner.stream_url(model="gpt-test-long-n100-d25-i260", resumeUrl=n8n.url())
     with watch(on(owner, url)) as viewer, watch(on(other, url)) as follower:
         got = [next(viewer) for _ in range(5)]
         followed = [next(follower) for _ in range(5)]
@@ -641,6 +641,7 @@ def test_a_failover_without_a_new_session_and_its_claim_loses_neither(
         got += list(viewer)
 
     (of_claimed,) = n8n.wait_for(1, path="/claimed", timeout=10)
+    n8n.wait_for(1, path="/fresh", timeout=10)
     assert got[-1].data == of_fresh[-1].data == "[DONE]"
     assert of_claimed.json["answer"] == text_of(got)
     assert other.read(on(other, claimed_later)) == got

@@ -99,7 +99,7 @@ def test_a_worker_killed_before_the_first_word_is_replaced_unnoticed(
     own_pair: list[Service], provider: ProviderServer, n8n: Receiver
 ) -> None:
     lost, alive = own_pair
-    url = lost.stream_url(model="gpt-test-hello-f3000-x1-i95", resumeUrl=n8n.url())
+    url = lost.stream_url(model="gpt-test-hello-f1500-x1-i95", resumeUrl=n8n.url())
     connecting = gevent.spawn(_open_and_wait, on(lost, url))
     provider.wait_for_open_streams(1)
     os.killpg(lost.pid, signal.SIGKILL)
@@ -275,7 +275,7 @@ def test_while_redis_is_away_init_says_so_and_local_viewers_notice_nothing(
 ) -> None:
     redis = _redis(tmp_path, free_port)
     service = start_service(REDIS_URL=f"redis://127.0.0.1:{free_port}", **provider.openai_environ)
-    url = service.stream_url(model="gpt-test-long-n60-d50-i99", resumeUrl=n8n.url())
+    url = service.stream_url(model="gpt-test-long-n60-d30-i99", resumeUrl=n8n.url())
     try:
         with service.watch(url) as viewer:
             got = [next(viewer) for _ in range(5)]
