@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aistream.estimate import ENCODED, Estimator
+from bench.estimate import main
 from tests.service import ROOT
 
 ENCODINGS = ROOT / "tests" / "encodings"
@@ -221,3 +222,13 @@ def test_no_text_is_too_large(kind: str) -> None:
     text = kind * (20 * ENCODED // len(kind))
 
     assert loaded("aistream_test").tokens(text) == 20 * loaded("aistream_test").tokens(text[:ENCODED])
+
+
+def test_the_bench_measures_an_encoding_that_is_at_hand_and_asks_for_another(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["aistream_test"]) == 0
+    measured = capsys.readouterr().out.splitlines()
+    assert main(["no_such_encoding"]) == 1
+
+    assert measured[0].startswith("aistream_test: loaded in ") and len(measured) == 5
+    assert all("ms for 100,000 characters" in line for line in measured[1:])
+    assert "no_such_encoding is not at hand" in capsys.readouterr().err
