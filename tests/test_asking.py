@@ -15,12 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aistream.asking import PATIENCE, Asking, next_wait, watch_period
+from aistream.endpoints import Endpoint
 from aistream.errors import ProviderFailed
 from aistream.events import End, Reasoning, Text, Usage
 from aistream.providers import Providers
 from aistream.providers import adaptation as adaptation_module
 from aistream.providers.adaptation import Adaptations
 from aistream.providers.bulkhead import Bulkhead
+from aistream.providers.openai import OpenAIProvider
 from aistream.session import Message, Request, Route
 from tests.conftest import make_config
 from tests.neighbours.provider import ProviderServer
@@ -321,6 +323,18 @@ def test_a_limit_has_the_name_that_the_server_takes(ask: Ask, provider: Provider
         ["max_tokens"],
         ["max_completion_tokens"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("url", "name"), [("https://api.openai.com/v1", "max_completion_tokens"), ("https://openrouter.ai/api/v1", "max_tokens")]
+)
+def test_openai_itself_gets_the_newer_name_of_the_limit_and_others_the_older(url: str, name: str) -> None:
+    # Nothing is sent: there is no api.openai.com here.
+    provider = OpenAIProvider(Endpoint(name="x", api="openai", base_url=url, key="k"), Adaptations())
+
+    body = provider._body(Request("Hello", "m", "m", "x"), "m", frozenset())
+
+    assert [field for field in body if field.startswith("max_")] == [name] and body[name] == 4096
 
 
 def test_a_parameter_of_the_file_that_is_refused_is_left_out_too(ask: Ask, provider: ProviderServer) -> None:
