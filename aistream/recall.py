@@ -85,7 +85,7 @@ class Recall:
     @property
     def telling(self) -> bool:
         """Whether something is still to be told again, pending sessions included."""
-        return self._behind or self._pending_again_at is not None
+        return self._behind or (self._pending_again_at is not None and bool(self._pending))
 
     def accepted(self, accepted: Accepted) -> None:
         """A session was accepted here, and waits for its first viewer."""

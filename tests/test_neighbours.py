@@ -1031,6 +1031,7 @@ def ask_over_tls(provider: ProviderServer, model: str) -> ssl.SSLSocket:
     head = f"POST /v1/chat/completions HTTP/1.1\r\nAuthorization: Bearer x\r\nContent-Length: {len(body)}\r\n\r\n"
     plain = socket.create_connection(("127.0.0.1", int(provider.url.rpartition(":")[2])), timeout=5)
     context = ssl.create_default_context(cafile=provider.ca)
+    context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF  # Python sets it, where OpenSSL knows it
     encrypted = context.wrap_socket(plain, server_hostname="127.0.0.1", suppress_ragged_eofs=False)
     encrypted.sendall((head + body).encode())
     return encrypted
