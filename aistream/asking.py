@@ -146,16 +146,18 @@ class Asking:
         if not self._providers.known(route.provider):
             raise ProviderFailed("provider_not_configured", "The service no longer has this model's provider.", retryable=False)
         bulkhead = self._providers.bulkhead(route.provider)
-        waited = time.monotonic()
+        asked = time.monotonic()
+        waits = not bulkhead.free
         try:
             bulkhead.enter()
         except ProviderFailed as failure:
             self._report(failure, None)
             raise
         finally:
-            waited = time.monotonic() - waited
-            self.queued += waited
-        telemetry.provider_queued(route.provider, waited)
+            if waits:
+                waited = time.monotonic() - asked
+                self.queued += waited
+                telemetry.provider_queued(route.provider, waited)
         try:
             yield from self._attempts(route, budget)
         finally:

@@ -81,7 +81,7 @@ _ADAPTATIONS = Counter(
 )
 _QUEUE = Histogram(
     "aistream_provider_queue_seconds",
-    "Time that an answer waited for a place with its provider.",
+    "Time that an answer waited for a place with its provider, of those that had to.",
     ["provider"],
     buckets=(0.001, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
     registry=_REGISTRY,
@@ -159,7 +159,7 @@ def provider_adapted(provider: str, model: str, parameters: Sequence[str]) -> No
 
 
 def provider_queued(provider: str, seconds: float) -> None:
-    """Notes how long a place with the provider was waited for."""
+    """Notes how long a place with the provider was waited for, where there was none at once."""
     _QUEUE.labels(provider).observe(seconds)
 
 

@@ -1038,7 +1038,7 @@ def ask_over_tls(provider: ProviderServer, model: str) -> ssl.SSLSocket:
 
 
 def test_a_hangup_over_tls_says_no_close_notify(tls: ProviderServer) -> None:
-    with ask_over_tls(tls, "gpt-test-hangup-k1") as encrypted, pytest.raises(ssl.SSLError, match="(?i)eof"):
+    with ask_over_tls(tls, "gpt-test-hangup-k1") as encrypted, pytest.raises(ssl.SSLError, match=r"(?i)eof"):
         while encrypted.recv(65536):
             pass
 

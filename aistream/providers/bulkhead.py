@@ -5,7 +5,6 @@ A bulkhead (M. Nygard, Release It!): a provider that is slow fills its own place
 
 from __future__ import annotations
 
-import time
 from collections import deque
 
 import gevent
@@ -26,18 +25,22 @@ class Bulkhead:
         self._waiting: deque[AsyncResult[bool]] = deque()
 
     @property
+    def free(self) -> bool:
+        """Whether there is a place."""
+        return self.running < self._places
+
+    @property
     def waiting(self) -> int:
         """How many wait for a place."""
         return len(self._waiting)
 
-    def enter(self) -> float:
-        """Takes a place, and gives the seconds that it had to be waited for. Raises ProviderFailed `overloaded`."""
-        if self.running < self._places:
+    def enter(self) -> None:
+        """Takes a place, or waits for one. Raises ProviderFailed `overloaded`."""
+        if self.free:
             self.running += 1
-            return 0.0
+            return
         if len(self._waiting) >= self._queue:
             raise _overloaded("full")
-        began = time.monotonic()
         turn: AsyncResult[bool] = AsyncResult()
         self._waiting.append(turn)
         try:
@@ -52,7 +55,6 @@ class Bulkhead:
         finally:
             if not turn.ready():
                 self._waiting.remove(turn)
-        return time.monotonic() - began
 
     def leave(self) -> None:
         """Gives the place back: to who has waited longest."""
