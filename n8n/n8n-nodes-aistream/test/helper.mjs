@@ -39,7 +39,7 @@ export async function serve(t, ...answers) {
 		const chunks = [];
 		for await (const chunk of request) chunks.push(chunk);
 		const raw = Buffer.concat(chunks);
-		requests.push({ method: request.method, url: request.url, headers: request.headers, body: JSON.parse(raw) });
+		requests.push({ method: request.method, url: request.url, headers: request.headers, body: raw.length ? JSON.parse(raw) : undefined });
 		const answer = answers.length > 1 ? answers.shift() : answers[0];
 		if (typeof answer === 'function') return answer(request, response);
 		const { status = 200, headers = {}, body } = answer;
@@ -83,9 +83,12 @@ export function executeContext({
 	const context = {
 		did,
 		of,
-		getNode: () => ({ id: `id-of-${name}`, name, type: 'n8n-nodes-aistream.aiStream', typeVersion: 1, ...settings }),
+		getNode: () => ({ id: `id-of-${name}`, name, type: 'n8n-nodes-aistream.aiStream', typeVersion: 1.1, ...settings }),
 		getInputData: () => items,
-		getNodeParameter: (parameter, _item, fallback) => given[parameter] ?? fallback,
+		getNodeParameter: (parameter, _item, fallback, { extractValue = false } = {}) => {
+			const value = given[parameter] ?? fallback;
+			return extractValue && value?.__rl ? value.value : value;
+		},
 		getCredentials: async () => decrypted,
 		getContext: (type) => (type === 'flow' ? of.flow : own),
 		getExecutionId: () => of.id,
@@ -98,30 +101,45 @@ export function executeContext({
 		putExecutionToWait: async (waitTill) => {
 			did.waitTill = waitTill;
 		},
-		helpers: {
-			// n8n's helper signs with the credential and does not throw for a status, when it is told so.
-			async httpRequestWithAuthentication(type, request) {
-				assert.equal(type, 'aiStreamApi');
-				assert.equal(request.ignoreHttpStatusErrors, true);
-				const { method, url, headers, body } = await credential.authenticate(decrypted, request);
-				const response = await fetch(url, {
-					method,
-					headers: { 'content-type': 'application/json', ...headers },
-					body: JSON.stringify(body),
-					redirect: 'manual',
-				});
-				return {
-					statusCode: response.status,
-					headers: Object.fromEntries(response.headers),
-					body: parsed(await response.text()),
-				};
-			},
-		},
+		helpers: helpers(decrypted),
 	};
 	return context;
 }
 
 export const execute = (context) => node.execute.call(context);
+
+/** ILoadOptionsFunctions for the editor's list of models. */
+export function searchModels({ baseUrl, credentials = {} }, filter) {
+	const decrypted = { baseUrl, jwtSecret: JWT_SECRET, algorithm: 'HS256', subject: 'n8n', ...credentials };
+	const context = {
+		getNode: () => ({ name: 'AiStream', type: 'n8n-nodes-aistream.aiStream', typeVersion: 1.1 }),
+		getCredentials: async () => decrypted,
+		helpers: helpers(decrypted),
+	};
+	return node.methods.listSearch.searchModels.call(context, filter);
+}
+
+/** n8n's request helper: it signs with the credential, and does not throw for a status when it is told so. */
+function helpers(decrypted) {
+	return {
+		async httpRequestWithAuthentication(type, request) {
+			assert.equal(type, 'aiStreamApi');
+			assert.equal(request.ignoreHttpStatusErrors, true);
+			const { method, url, headers, body } = await credential.authenticate(decrypted, request);
+			const response = await fetch(url, {
+				method,
+				headers: { 'content-type': 'application/json', ...headers },
+				body: JSON.stringify(body),
+				redirect: 'manual',
+			});
+			return {
+				statusCode: response.status,
+				headers: Object.fromEntries(response.headers),
+				body: parsed(await response.text()),
+			};
+		},
+	};
+}
 
 /**
  * POSTs `body` to a waiting execution, through a real socket, and gives what the sender got and what n8n was told.
@@ -188,8 +206,17 @@ export const ended = (streamId, status = 'completed', more = {}) => ({
 	model: 'echo',
 	requested_model: 'echo',
 	provider: 'echo',
-	usage: { input_tokens: 4, output_tokens: 217, cached_input_tokens: 0, reasoning_tokens: 0, source: 'provider' },
-	timings: { created_at: '2026-11-23T10:00:00.000Z' },
+	provider_requests: 1,
+	warnings: [],
+	usage: {
+		input_tokens: 4,
+		output_tokens: 217,
+		cached_input_tokens: 0,
+		reasoning_tokens: 0,
+		source: 'provider',
+		estimated_by: null,
+	},
+	timings: { created_at: '2026-11-23T10:00:00.000Z', queued_ms: 0 },
 	attempt: 1,
 	metadata: null,
 	...more,

@@ -28,11 +28,13 @@ test('every option of POST /init-stream has a parameter', () => {
 	assert.deepEqual(options.map(({ name }) => name).sort(), [
 		'chatId',
 		'disconnectGraceSeconds',
+		'fallbackModels',
 		'format',
 		'maxTokens',
 		'messages',
 		'metadata',
 		'onDisconnect',
+		'reasoningEffort',
 		'start',
 		'stop',
 		'system',
@@ -40,6 +42,18 @@ test('every option of POST /init-stream has a parameter', () => {
 		'topP',
 		'userId',
 	]);
+});
+
+test('the model is text in version 1, and from 1.1 on a list to choose from or a name', () => {
+	const [text, locator, ...more] = description.properties.filter(({ name }) => name === 'model');
+
+	assert.deepEqual([description.version, more], [[1, 1.1], []]);
+	assert.deepEqual([text.type, text.default, text.displayOptions.show['@version']], ['string', '', [1]]);
+	assert.deepEqual([locator.type, locator.displayOptions.show['@version']], ['resourceLocator', [{ _cnd: { gte: 1.1 } }]]);
+	assert.deepEqual(locator.default, { mode: 'list', value: '' });
+	assert.deepEqual(locator.modes.map(({ name }) => name), ['list', 'name']);
+	assert.ok(node.methods.listSearch[locator.modes[0].typeOptions.searchListMethod]);
+	assert.ok(![text, locator].some(({ required }) => required));
 });
 
 test('package.json names files that are built, and no dependency at run time', () => {
@@ -74,6 +88,7 @@ test('the example workflow uses this node with parameters that it has', () => {
 	const named = (properties) => properties.map(({ name }) => name);
 	const { options } = description.properties.find(({ name }) => name === 'options');
 
+	assert.equal(ai.typeVersion, Math.max(...description.version));
 	for (const name of Object.keys(ai.parameters)) assert.ok(named(description.properties).includes(name), name);
 	for (const name of Object.keys(ai.parameters.options)) assert.ok(named(options).includes(name), name);
 	const names = workflow.nodes.map(({ name }) => name);

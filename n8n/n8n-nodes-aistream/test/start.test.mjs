@@ -3,7 +3,7 @@
 import assert from 'node:assert/strict';
 import test from 'node:test';
 
-import { claims, execute, executeContext, execution, JWT_SECRET, problem, RESUME_URL, serve, STREAM } from './helper.mjs';
+import { claims, ended, execute, executeContext, execution, JWT_SECRET, problem, RESUME_URL, serve, STREAM } from './helper.mjs';
 
 const ANSWER = { streamUrl: STREAM.streamUrl, streamId: STREAM.streamId, expiresAt: STREAM.expiresAt };
 const EVERYTHING = {
@@ -20,6 +20,8 @@ const EVERYTHING = {
 	start: 'immediate',
 	onDisconnect: 'cancel',
 	disconnectGraceSeconds: 5,
+	fallbackModels: ['echo', 'fast'],
+	reasoningEffort: 'xhigh',
 };
 
 test('asks /init-stream with what was set, and with nothing that was not', async (t) => {
@@ -47,6 +49,8 @@ test('asks /init-stream with what was set, and with nothing that was not', async
 		start: 'immediate',
 		onDisconnect: 'cancel',
 		disconnectGraceSeconds: 5,
+		fallbackModels: ['echo', 'fast'],
+		reasoning_effort: 'xhigh',
 	});
 	assert.deepEqual(least.body, { prompt: 'What is AI?', resumeUrl });
 });
@@ -65,6 +69,63 @@ test('takes values of expressions for JSON and for stop, and leaves empty ones o
 	assert.deepEqual(requests[0].body.metadata, { b: 2 });
 	assert.equal(requests[0].body.stop, 'END');
 	assert.deepEqual(Object.keys(requests[1].body), ['prompt', 'resumeUrl']);
+});
+
+const MODELS = [
+	['a name typed in', { __rl: true, mode: 'name', value: 'ollama/llama3.2' }, 'ollama/llama3.2'],
+	['a name from the list', { __rl: true, mode: 'list', value: 'fast', cachedResultName: 'fast' }, 'fast'],
+	['the text of version 1', 'gpt-4o-mini', 'gpt-4o-mini'],
+	['nothing chosen', { __rl: true, mode: 'list', value: '' }, undefined],
+	['an expression that gave nothing', { __rl: true, mode: 'name', value: undefined }, undefined],
+	['no text in version 1', '', undefined],
+];
+
+for (const [name, model, asked] of MODELS) {
+	test(`the model is asked for by its name, or left to the service: ${name}`, async (t) => {
+		const { url, requests } = await serve(t, { body: STREAM });
+
+		await execute(executeContext({ baseUrl: url, parameters: { model } }));
+
+		assert.equal(requests[0].body.model, asked);
+		assert.equal('model' in requests[0].body, asked !== undefined);
+	});
+}
+
+const FALLBACKS = [
+	['spaces around a name', [' echo', 'ollama/llama3.2\n'], ['echo', 'ollama/llama3.2']],
+	['values that were left empty', ['', 'echo', '  ', null], ['echo']],
+	['names in one value', ['echo, fast ,'], ['echo', 'fast']],
+	['text of an expression', 'echo,fast', ['echo', 'fast']],
+	['a list as one value, of an expression', [['echo', 'fast'], 'ft:gpt-4o:a::b'], ['echo', 'fast', 'ft:gpt-4o:a::b']],
+	['what is no text is left to the service to refuse', [7], [7]],
+	['nothing added', [], undefined],
+	['nothing but empty values', ['', ' , '], undefined],
+	['no text', '', undefined],
+	['an expression that gave nothing', null, undefined],
+];
+
+for (const [name, fallbackModels, asked] of FALLBACKS) {
+	test(`fallback models are sent as a list of names, or not at all: ${name}`, async (t) => {
+		const { url, requests } = await serve(t, { body: STREAM });
+
+		await execute(executeContext({ baseUrl: url, options: { fallbackModels } }));
+
+		assert.deepEqual(requests[0].body.fallbackModels, asked);
+		assert.equal('fallbackModels' in requests[0].body, asked !== undefined);
+	});
+}
+
+test('a reasoning effort that is empty is left to the service', async (t) => {
+	const { url, requests } = await serve(t, { body: STREAM });
+
+	for (const reasoningEffort of ['', null, undefined, 'none']) {
+		await execute(executeContext({ baseUrl: url, options: { reasoningEffort } }));
+	}
+
+	assert.deepEqual(
+		requests.map(({ body }) => body.reasoning_effort),
+		[undefined, undefined, undefined, 'none'],
+	);
 });
 
 test('signs a JWT with sub, iat and exp for each request', async (t) => {
@@ -175,6 +236,10 @@ test('leaves with n8n what the second output gives when no callback comes', asyn
 		[json.streamId, json.answer, json.input_tokens, json.userId, json.chatId, json.requested_model, json.metadata],
 		['s-1', '', 0, 7, null, 'echo', { a: 1 }],
 	);
+	// Every field of a callback is there, as ended() has them.
+	assert.deepEqual(Object.keys(json).sort(), Object.keys(ended('s-1')).sort());
+	assert.deepEqual([json.provider_requests, json.warnings], [0, []]);
+	assert.deepEqual([json.usage.source, json.usage.estimated_by, json.timings.queued_ms], [null, null, null]);
 	assert.ok(!JSON.stringify(json).includes('signature='));
 });
 

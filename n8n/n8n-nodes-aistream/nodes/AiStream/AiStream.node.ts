@@ -13,8 +13,9 @@ import { NodeConnectionTypes, NodeOperationError } from 'n8n-workflow';
 
 import { decide, outputs, SUFFIX, withoutCallback } from './callback';
 import { type Failure, mistake, refused, unreachable } from './failure';
+import { searchModels } from './models';
 import { properties } from './properties';
-import { idempotencyKeyOf, limitOf, requestBody, resumeUrlOf, runIndexOf } from './request';
+import { baseUrlOf, idempotencyKeyOf, limitOf, requestBody, resumeUrlOf, runIndexOf } from './request';
 import { decodeSecret, signatureFault } from './signature';
 import { parseWaiting, remember, waitingExpression } from './waiting';
 
@@ -42,7 +43,8 @@ export class AiStream implements INodeType {
 		name: 'aiStream',
 		icon: { light: 'file:../../icons/aistream.svg', dark: 'file:../../icons/aistream.dark.svg' },
 		group: ['transform'],
-		version: 1,
+		// Up to 1 the model is a text field; nothing else is different.
+		version: [1, 1.1],
 		subtitle: '={{ $parameter["model"] }}',
 		description: 'Starts an AI answer, gives the browser its stream, and waits for the end',
 		defaults: { name: 'AiStream' },
@@ -55,6 +57,8 @@ export class AiStream implements INodeType {
 		webhooks,
 		properties,
 	};
+
+	methods = { listSearch: { searchModels } };
 
 	/** Starts the stream and puts the execution to wait. n8n keeps what is returned only until the wait ends. */
 	async execute(this: IExecuteFunctions): Promise<INodeExecutionData[][]> {
@@ -127,7 +131,7 @@ async function start(context: IExecuteFunctions, body: IDataObject): Promise<Sta
 		checkInput(context);
 		Object.assign(body, requestBody(context));
 		limit = limitOf(context);
-		baseUrl = await checkCredential(context);
+		baseUrl = await baseUrlOf(context);
 		body.resumeUrl = resumeUrlOf(context);
 		key = idempotencyKeyOf(context, body.resumeUrl as string);
 	} catch (error) {
@@ -174,25 +178,6 @@ function checkInput(context: IExecuteFunctions): void {
 			description: 'An execution can wait for one stream only. Put a Loop Over Items node with batch size 1 before it.',
 		});
 	}
-}
-
-/** The base URL. A bad callback secret is told now, not when the callback is refused. */
-async function checkCredential(context: IExecuteFunctions): Promise<string> {
-	const { baseUrl, jwtSecret, callbackSecret } = await context.getCredentials('aiStreamApi', 0);
-	const fault = !/^https?:\/\//.test(String(baseUrl))
-		? 'The Base URL must begin with http:// or https://'
-		: !jwtSecret
-			? 'The JWT Secret is empty'
-			: callbackSecret && !decodeSecret(String(callbackSecret))
-				? 'The Callback Secret must be whsec_ and base64'
-				: undefined;
-	if (fault) {
-		throw new NodeOperationError(context.getNode(), fault, {
-			itemIndex: 0,
-			description: 'Check the credential AiStream API.',
-		});
-	}
-	return String(baseUrl).replace(/\/+$/, '');
 }
 
 /**

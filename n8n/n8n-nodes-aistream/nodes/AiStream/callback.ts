@@ -43,7 +43,7 @@ export function outputs(json: IDataObject): INodeExecutionData[][] {
 
 /**
  * The item of a stream that sent no callback, in the shape of one. `asked` is the body of POST /init-stream.
- * Nobody counted tokens, so `usage.source` is null and its counts are 0.
+ * Nobody counted tokens or requests, so `usage.source` is null and the counts are 0.
  */
 export function withoutCallback(
 	asked: IDataObject,
@@ -66,18 +66,22 @@ export function withoutCallback(
 		model: null,
 		requested_model: asked.model ?? null,
 		provider: null,
+		provider_requests: 0,
+		warnings: [],
 		usage: {
 			input_tokens: 0,
 			output_tokens: 0,
 			cached_input_tokens: 0,
 			reasoning_tokens: 0,
 			source: null,
+			estimated_by: null,
 		},
 		timings: {
 			created_at: createdAt,
 			started_at: null,
 			first_token_at: null,
 			ended_at: null,
+			queued_ms: null,
 			time_to_first_token_ms: null,
 			duration_ms: null,
 		},

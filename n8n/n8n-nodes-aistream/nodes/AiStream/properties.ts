@@ -26,7 +26,31 @@ export const properties: INodeProperties[] = [
 		type: 'string',
 		default: '',
 		placeholder: 'e.g. gpt-4o-mini',
-		description: "The model that answers. Leave empty for the service's default.",
+		description: "The model that answers, or an alias of the service. Leave empty for the service's default.",
+		displayOptions: { show: { '@version': [1] } },
+	},
+	{
+		displayName: 'Model',
+		name: 'model',
+		type: 'resourceLocator',
+		default: { mode: 'list', value: '' },
+		description: "The model that answers, or an alias of the service. Leave empty for the service's default.",
+		displayOptions: { show: { '@version': [{ _cnd: { gte: 1.1 } }] } },
+		modes: [
+			{
+				displayName: 'From List',
+				name: 'list',
+				type: 'list',
+				placeholder: "The service's default",
+				typeOptions: { searchListMethod: 'searchModels', searchable: true },
+			},
+			{
+				displayName: 'By Name',
+				name: 'name',
+				type: 'string',
+				placeholder: 'e.g. gpt-4o-mini',
+			},
+		],
 	},
 	{
 		displayName: 'Answer the Browser',
@@ -68,6 +92,16 @@ export const properties: INodeProperties[] = [
 				description: 'How long viewers may be away before On Disconnect counts them as gone',
 			},
 			{
+				displayName: 'Fallback Models',
+				name: 'fallbackModels',
+				type: 'string',
+				typeOptions: { multipleValues: true, multipleValueButtonText: 'Add Model' },
+				default: [],
+				placeholder: 'e.g. claude-sonnet-4-5',
+				description:
+					'Up to five models that are asked in this order when the model has failed before its first token',
+			},
+			{
 				displayName: 'Format',
 				name: 'format',
 				type: 'options',
@@ -92,7 +126,8 @@ export const properties: INodeProperties[] = [
 				type: 'number',
 				typeOptions: { minValue: 1, maxValue: 1000000 },
 				default: 4096,
-				description: 'The most tokens that the answer may have',
+				description:
+					"The most tokens that the answer may have. Without this option it is the alias's number, or 4096.",
 			},
 			{
 				displayName: 'Messages',
@@ -128,6 +163,22 @@ export const properties: INodeProperties[] = [
 				],
 				default: 'continue',
 				description: 'What happens when nobody watches any more',
+			},
+			{
+				displayName: 'Reasoning Effort',
+				name: 'reasoningEffort',
+				type: 'options',
+				options: [
+					{ name: 'Extra High', value: 'xhigh' },
+					{ name: 'High', value: 'high' },
+					{ name: 'Low', value: 'low' },
+					{ name: 'Max', value: 'max' },
+					{ name: 'Medium', value: 'medium' },
+					{ name: 'Minimal', value: 'minimal' },
+					{ name: 'None', value: 'none' },
+				],
+				default: 'medium',
+				description: 'How hard the model is to think before it answers. Not every model has it.',
 			},
 			{
 				displayName: 'Start',

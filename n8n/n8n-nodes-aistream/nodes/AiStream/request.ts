@@ -1,9 +1,10 @@
 import { createHash } from 'node:crypto';
-import type { IDataObject, IExecuteFunctions } from 'n8n-workflow';
+import type { IDataObject, IExecuteFunctions, ILoadOptionsFunctions } from 'n8n-workflow';
 import { NodeOperationError } from 'n8n-workflow';
 
 import { SUFFIX } from './callback';
 import { MIN_LIMIT } from './properties';
+import { decodeSecret } from './signature';
 
 /** Options that go to the service as they are, and the names it has for them. */
 const FIELDS: Record<string, string> = {
@@ -12,6 +13,7 @@ const FIELDS: Record<string, string> = {
 	format: 'format',
 	maxTokens: 'max_tokens',
 	onDisconnect: 'onDisconnect',
+	reasoningEffort: 'reasoning_effort',
 	start: 'start',
 	system: 'system',
 	temperature: 'temperature',
@@ -26,10 +28,11 @@ const FIELDS: Record<string, string> = {
 export function requestBody(context: IExecuteFunctions): IDataObject {
 	const options = context.getNodeParameter('options', 0, {}) as IDataObject;
 	const body: IDataObject = { prompt: context.getNodeParameter('prompt', 0) as string };
-	put(body, 'model', context.getNodeParameter('model', 0, ''));
+	put(body, 'model', context.getNodeParameter('model', 0, '', { extractValue: true }));
 	for (const [option, field] of Object.entries(FIELDS)) {
 		put(body, field, options[option]);
 	}
+	put(body, 'fallbackModels', names(options.fallbackModels));
 	const { stop } = options;
 	put(body, 'stop', Array.isArray(stop) ? stop.filter((text) => text !== '') : stop);
 	put(body, 'messages', json(context, options.messages, 'Messages', Array.isArray, 'a list'));
@@ -77,6 +80,34 @@ export function idempotencyKeyOf(context: IExecuteFunctions, resumeUrl: string):
 /** Which run of the node in this execution this is: in a loop each round is one. */
 export function runIndexOf(context: IExecuteFunctions): number {
 	return Number(context.evaluateExpression('{{ $runIndex }}', 0));
+}
+
+/** The service's address. A bad callback secret is told now, not when the callback is refused. */
+export async function baseUrlOf(context: IExecuteFunctions | ILoadOptionsFunctions): Promise<string> {
+	const { baseUrl, jwtSecret, callbackSecret } = await context.getCredentials('aiStreamApi', 0);
+	const fault = !/^https?:\/\//.test(String(baseUrl))
+		? 'The Base URL must begin with http:// or https://'
+		: !jwtSecret
+			? 'The JWT Secret is empty'
+			: callbackSecret && !decodeSecret(String(callbackSecret))
+				? 'The Callback Secret must be whsec_ and base64'
+				: undefined;
+	if (fault) {
+		throw new NodeOperationError(context.getNode(), fault, {
+			itemIndex: 0,
+			description: 'Check the credential AiStream API.',
+		});
+	}
+	return String(baseUrl).replace(/\/+$/, '');
+}
+
+/** Names of models. An expression may give a list in place of the field's, or of one of its values, or text with commas. */
+function names(given: unknown): unknown[] {
+	return [given]
+		.flat(2)
+		.flatMap((name) => (typeof name === 'string' ? name.split(',') : [name]))
+		.map((name) => (typeof name === 'string' ? name.trim() : name))
+		.filter((name) => name !== undefined && name !== null && name !== '');
 }
 
 function put(body: IDataObject, field: string, value: unknown): void {
