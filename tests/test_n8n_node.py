@@ -10,11 +10,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
+from aistream.api.init import InitRequest
 from aistream.callback import Answer as Said
 from aistream.callback import meaning
+from aistream.endpoints import Effort
 from tests.conftest import missing
 from tests.service import ROOT
+from tests.test_callback import sent, session
 
 PACKAGE = ROOT / "n8n" / "n8n-nodes-aistream"
 PATH = f"{sys.prefix}/bin:{os.environ['PATH']}"  # `make test` may have put Node.js into the venv
@@ -54,6 +58,33 @@ def test_the_tools_of_the_tests_are_those_that_the_package_names() -> None:
         assert used[name] == named[name]
     for name in ("n8n-workflow", "@types/node"):
         assert used[name] == locked[f"node_modules/{name}"]["version"]
+
+
+def test_the_node_asks_with_all_fields_that_the_service_takes() -> None:
+    source = (PACKAGE / "nodes" / "AiStream" / "request.ts").read_text()
+    table = source.partition("const FIELDS")[2].partition("};")[0]
+    asked = re.findall(r"^\t\w+: '(\w+)',$", table, re.MULTILINE) + re.findall(r"put\(body, '(\w+)'", source)
+
+    # The token goes in the header, and prompt and resumeUrl are always there.
+    assert {*asked, "n8nToken", "prompt", "resumeUrl"} == set(InitRequest.model_fields)
+
+
+def test_the_node_offers_every_reasoning_effort_that_the_service_takes() -> None:
+    source = (PACKAGE / "nodes" / "AiStream" / "properties.ts").read_text()
+    option = source.partition("name: 'reasoningEffort'")[2].partition("default:")[0]
+
+    assert sorted(re.findall(r"value: '(\w+)'", option)) == sorted(get_args(Effort))
+
+
+def test_an_item_without_a_callback_has_the_fields_of_a_callback() -> None:
+    source = (PACKAGE / "nodes" / "AiStream" / "callback.ts").read_text()
+    item = source.partition("export function withoutCallback(")[2].partition("\n}\n")[0].partition("return {")[2]
+    told = sent(session())
+
+    assert re.findall(r"^\t\t(\w+)[:,]", item, re.MULTILINE) == list(told)
+    for field in ("usage", "timings"):
+        inside = item.partition(f"{field}: {{")[2].partition("}")[0]
+        assert re.findall(r"^\t\t\t(\w+):", inside, re.MULTILINE) == list(told[field])
 
 
 def test_what_the_node_answers_means_to_the_sender_what_it_is_meant_to() -> None:

@@ -117,6 +117,23 @@ class N8n:
         headers = {"Origin": "http://localhost:3000"}
         return httpx.post(f"{self.url}/webhook/{path}", json=body, headers=headers, timeout=60)
 
+    def offered(self, node: Mapping[str, Any], parameter: str, method: str, filter: str = "") -> list[str]:
+        """What the editor offers for a parameter of a node: the values that the node's method finds."""
+        asked = {
+            "path": f"parameters.{parameter}",
+            "methodName": method,
+            "filter": filter,
+            "nodeTypeAndVersion": {"name": node["type"], "version": node["typeVersion"]},
+            "currentNodeParameters": node["parameters"],
+            "credentials": node["credentials"],
+        }
+        with self._session() as session:
+            login = {"emailOrLdapLoginId": OWNER["email"], "password": OWNER["password"]}
+            session.post("/login", json=login).raise_for_status()
+            answer = session.post("/dynamic-node-parameters/resource-locator-results", json=asked)
+        assert answer.is_success, answer.text[:500]
+        return [str(found["value"]) for found in answer.json()["data"]["results"]]
+
     # ---- Executions ----
 
     def execution(self, workflow_id: str) -> "Execution | None":
@@ -154,11 +171,15 @@ class N8n:
         return False
 
     def _make_api_key(self) -> str:
-        with httpx.Client(base_url=f"{self.url}/rest", headers={"browser-id": "tests"}, timeout=30) as session:
+        with self._session() as session:
             session.post("/owner/setup", json={**OWNER, "firstName": "The", "lastName": "Tests"}).raise_for_status()
             scopes = session.get("/api-keys/scopes").raise_for_status().json()["data"]
             made = session.post("/api-keys", json={"label": "tests", "scopes": scopes, "expiresAt": None}).raise_for_status()
             return str(made.json()["data"]["rawApiKey"])
+
+    def _session(self) -> httpx.Client:
+        """The editor's way in: the REST API, which remembers who logged in."""
+        return httpx.Client(base_url=f"{self.url}/rest", headers={"browser-id": "tests"}, timeout=30)
 
 
 class Execution:
