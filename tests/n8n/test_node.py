@@ -59,7 +59,7 @@ def test_the_node_gives_a_failed_answer_out_on_its_other_output(start_chat: Call
     events = chat.service.read(chat.stream_url(model="gpt-test-cut-k3"))
 
     told = chat.ended().output(NOT_COMPLETED)
-    assert (told["status"], told["error"]["code"]) == ("failed", "provider_unavailable")
+    assert (told["status"], told["error"]["code"]) == ("failed", "upstream_disconnected")
     assert told["answer"] == text_of(events) != ""
 
 

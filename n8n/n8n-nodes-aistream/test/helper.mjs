@@ -1,5 +1,5 @@
 // What the tests stand on: the built files, a real HTTP server in the service's place, and n8n's function contexts.
-// Only those contexts are mocked (IExecuteFunctions, IWebhookFunctions), as n8n 2.41.1 fills them.
+// Only those contexts are mocked (IExecuteFunctions, IWebhookFunctions, ILoadOptionsFunctions), as n8n 2.41.1 fills them.
 
 import assert from 'node:assert/strict';
 import { createHmac } from 'node:crypto';
