@@ -67,7 +67,7 @@ def test_an_answer_that_breaks_off_takes_the_branch_that_has_the_part_and_the_re
 
     execution = chat.ended()
     told = execution.output("The answer is not whole")
-    assert (told["status"], told["code"], told["retryable"]) == ("failed", "provider_unavailable", True)
+    assert (told["status"], told["code"], told["retryable"]) == ("failed", "upstream_disconnected", True)
     assert told["partial_answer"] == text_of(events) != ""
     assert (told["userId"], told["chatId"]) == ("user_123", "chat_456")
     assert execution.last_node == "The answer is not whole"
