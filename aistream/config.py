@@ -6,33 +6,23 @@ do not show in `repr` or in a message. `manual()` is the text of `.env.example`,
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import json
 import re
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
+from aistream import parse
 from aistream.endpoints import ANTHROPIC_URL, OPENAI_URL, Endpoint, endpoints
 from aistream.errors import ConfigError
 
 #: Any port of this machine, as a browser writes the origin: allowed by CORS in DEV_MODE.
 LOOPBACK_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 
-_LOOPBACK_HOSTS = {"localhost", "127.0.0.1", "::1"}
 _PLACEHOLDERS = re.compile(r"change.?me|your.?(jwt.?)?secret|example|placeholder|replace.?(me|this)", re.IGNORECASE)
-_SECRET_BYTES = 32
 #: Largest callback: n8n takes 16 MiB, and a little stands around the texts.
 _CALLBACK_BYTES = 15 * 2**20
-#: An origin as `origin_of` writes it. flask-cors would take one with other characters for a regular expression.
-_ORIGIN = re.compile(r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?")
-
-
-class _Bad(ValueError):
-    """A value that cannot be used; the message is what was expected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,279 +39,80 @@ def _setting(parse: Callable[[str], Any], default: str, doc: str, *, secret: boo
     return dataclasses.field(metadata={"setting": Setting(parse, default, doc, secret)}, repr=not secret)
 
 
-def _text(value: str) -> str:
-    return value
-
-
-def _flag(value: str) -> bool:
-    try:
-        return {
-            "true": True,
-            "1": True,
-            "yes": True,
-            "on": True,
-            "false": False,
-            "0": False,
-            "no": False,
-            "off": False,
-            "": False,
-        }[value.lower()]
-    except KeyError:
-        raise _Bad("true or false") from None
-
-
-def _whole(low: int, high: int) -> Callable[[str], int]:
-    def parse(value: str) -> int:
-        if re.fullmatch(r"[0-9]{1,18}", value) and low <= int(value) <= high:
-            return int(value)
-        raise _Bad(f"a whole number from {low} to {high}")
-
-    return parse
-
-
-def _seconds(low: float, high: float) -> Callable[[str], float]:
-    def parse(value: str) -> float:
-        if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", value) and low <= float(value) <= high:
-            return float(value)
-        raise _Bad(f"a number of seconds from {low:g} to {high:g}")
-
-    return parse
-
-
-def _choice(*allowed: str) -> Callable[[str], str]:
-    def parse(value: str) -> str:
-        for one in allowed:
-            if value.lower() == one.lower():
-                return one
-        raise _Bad("one of " + ", ".join(a or "(empty)" for a in allowed))
-
-    return parse
-
-
-def _secret(value: str) -> str:
-    # os.environ has bytes that are no UTF-8 as lone surrogates, with which nothing can be signed: they count for nothing.
-    if (value and len(value.encode(errors="ignore")) < _SECRET_BYTES) or not value.isprintable():
-        raise _Bad(f"at least {_SECRET_BYTES} random bytes, for example from: openssl rand -hex 32")
-    if "-----BEGIN" in value:
-        raise _Bad("a random secret, not a PEM key: HMAC with a public key lets everybody sign")
-    return value
-
-
-def _token(value: str) -> str:
-    if value and not re.fullmatch(r"[!-~]{16,}", value):
-        raise _Bad("at least 16 random characters without spaces, for example from: openssl rand -hex 32")
-    return value
-
-
-def _webhook_secret(value: str) -> bytes:
-    """Standard Webhooks' serialisation: `whsec_` and 24 to 64 bytes in base64."""
-    if not value:
-        return b""
-    try:
-        secret = base64.b64decode(value.removeprefix("whsec_"), validate=True)
-    except ValueError:  # of which binascii.Error is one, and what is not ASCII another
-        secret = b""
-    if not 24 <= len(secret) <= 64:
-        raise _Bad("whsec_ followed by 24 to 64 random bytes in base64 (Standard Webhooks)")
-    return secret
-
-
-def _base_url(value: str) -> str:
-    if not value:
-        return ""
-    parts = _http_url(value)
-    if parts.scheme == "http" and parts.hostname not in _LOOPBACK_HOSTS:
-        raise _Bad("an https:// URL (http:// only for this machine itself)")
-    if "?" in value or "#" in value:
-        raise _Bad("a URL without query and fragment")
-    return value.rstrip("/")
-
-
-def _date(value: str) -> str:
-    if value and not re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", value):
-        raise _Bad("a date such as 2023-06-01")
-    return value
-
-
-def _provider_url(value: str) -> str:
-    _http_url(value)
-    return value.rstrip("/")
-
-
-def _http_url(value: str) -> Any:
-    try:
-        parts = urlsplit(value)
-        valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port)
-    except ValueError:
-        valid = False
-    if not valid or parts.username is not None or not re.fullmatch(r"[!-~]+", value):
-        raise _Bad("a full URL such as https://ai.example.com")
-    return parts
-
-
-def origin_of(url: str) -> str:
-    """`scheme://host[:port]` of a URL in lower case, without the scheme's own port. Raises ValueError for what has none."""
-    parts = urlsplit(url)
-    port = parts.port
-    if parts.scheme.lower() not in ("http", "https") or not parts.hostname:
-        raise ValueError("no http origin")
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    default = 443 if parts.scheme.lower() == "https" else 80
-    return f"{parts.scheme.lower()}://{host}" + (f":{port}" if port not in (None, default) else "")
-
-
-def _origins(value: str) -> tuple[str, ...]:
-    origins = []
-    for item in filter(None, (part.strip() for part in value.split(","))):
-        try:
-            origin = origin_of(item)
-        except ValueError:
-            origin = ""
-        if not _ORIGIN.fullmatch(origin) or urlsplit(item).path not in ("", "/") or re.search("[@?#]", item):
-            raise _Bad("origins separated by commas, each exact, such as https://chat.example.com (no *, no path)")
-        origins.append(origin)
-    return tuple(origins)
-
-
-def _rewrites(value: str) -> tuple[tuple[str, str], ...]:
-    rules = []
-    for item in filter(None, (part.strip() for part in value.split(","))):
-        match = re.fullmatch(r"(?i:(https?://[^=]*)=(https?://[^=]*))", item)
-        try:
-            origins = [_origins(side) for side in match.groups()] if match else []
-        except _Bad:
-            origins = []
-        if len(origins) != 2:
-            raise _Bad("FROM=TO separated by commas, both exact origins, such as http://localhost:5678=http://n8n:5678")
-        rules.append((origins[0][0], origins[1][0]))
-    if len({given for given, _ in rules}) < len(rules):
-        raise _Bad("each origin rewritten once")
-    return tuple(rules)
-
-
-#: A field name of HTTP (RFC 9110 5.1), and those that are the sender's own.
-_FIELD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-_OWN_FIELDS = re.compile(
-    r"host|connection|content-(length|type|encoding)|transfer-encoding|expect|te|trailer|upgrade|user-agent|webhook-.*",
-    re.IGNORECASE,
-)
-
-
-def _headers(value: str) -> tuple[tuple[str, str], ...]:
-    expected = 'one header such as X-Aistream-Key: a-secret, or several as {"X-Aistream-Key": "a-secret", "X-Other": "…"}'
-    if value.startswith("{"):
-        try:
-            pairs = json.loads(value, object_pairs_hook=list)
-        except ValueError:
-            raise _Bad(expected) from None
-    else:
-        name, colon, text = value.partition(":")
-        pairs = [(name.strip(), text.strip())] if colon else [("", value)] if value else []
-    for name, text in pairs:
-        if not isinstance(text, str) or not _FIELD.fullmatch(name) or not re.fullmatch(r"[\t -~]+", text) or text != text.strip():
-            raise _Bad(expected)
-        if _OWN_FIELDS.fullmatch(name):
-            raise _Bad(f"headers of your own: {name} is set by the service")
-    if len({name.lower() for name, _ in pairs}) < len(pairs):
-        raise _Bad("each header once")
-    return tuple((name, text) for name, text in pairs)
-
-
-def _schedule(value: str) -> tuple[float, ...]:
-    try:
-        delays = tuple(_seconds(0, 86_400)(part.strip()) for part in value.split(","))
-    except _Bad:
-        raise _Bad("seconds before each attempt separated by commas, each from 0 to 86400") from None
-    if len(delays) > 50:
-        raise _Bad("at most 50 attempts")
-    return delays
-
-
-def _redis_url(value: str) -> str:
-    if not value or value == "memory://":
-        return ""
-    try:
-        parts = urlsplit(value)
-        valid = parts.scheme in ("redis", "rediss", "unix") and parts.port != 0
-    except ValueError:
-        valid = False
-    if not valid:
-        raise _Bad("redis://, rediss:// or unix://, or memory:// for the embedded store")
-    return value
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """All settings, typed. Durations are seconds. Build it with `from_env`."""
 
     jwt_secret: str = _setting(
-        _secret,
+        parse.secret,
         "",
         "Signs what n8n sends us (HMAC) and the tokens in stream URLs. At least 32 random bytes. Required.",
         secret=True,
     )
     jwt_secret_previous: str = _setting(
-        _secret,
+        parse.secret,
         "",
         "The secret before this one: still accepted, never used to sign. Set it while you rotate.",
         secret=True,
     )
     jwt_algorithm: str = _setting(
-        _choice("HS256", "HS384", "HS512"),
+        parse.choice("HS256", "HS384", "HS512"),
         "HS256",
         "The one algorithm accepted in n8n's tokens: HS256, HS384 or HS512.",
     )
-    jwt_audience: str = _setting(_text, "", "If set, n8n's tokens must carry it as aud.")
-    jwt_issuer: str = _setting(_text, "", "If set, n8n's tokens must carry it as iss.")
+    jwt_audience: str = _setting(parse.text, "", "If set, n8n's tokens must carry it as aud.")
+    jwt_issuer: str = _setting(parse.text, "", "If set, n8n's tokens must carry it as iss.")
 
     base_url: str = _setting(
-        _base_url,
+        parse.base_url,
         "",
         "Where browsers reach the service, a path prefix allowed: https://ai.example.com/chat. Starts every streamUrl; never "
         "taken from the Host header, since n8n calls us by another name than browsers do. Required, except in DEV_MODE "
         "(http://127.0.0.1:PORT).",
     )
-    host: str = _setting(_text, "127.0.0.1", "Address to listen on. In a container: 0.0.0.0.")
-    port: int = _setting(_whole(1, 65_535), "8000", "Port to listen on.")
-    web_concurrency: int = _setting(_whole(1, 256), "1", "Worker processes; one per core is right. More than 1 needs REDIS_URL.")
+    host: str = _setting(parse.text, "127.0.0.1", "Address to listen on. In a container: 0.0.0.0.")
+    port: int = _setting(parse.whole(1, 65_535), "8000", "Port to listen on.")
+    web_concurrency: int = _setting(
+        parse.whole(1, 256), "1", "Worker processes; one per core is right. More than 1 needs REDIS_URL."
+    )
     allowed_origins: tuple[str, ...] = _setting(
-        _origins,
+        parse.origins,
         "",
         "Origins of the pages that may open a stream (CORS), exact, separated by commas. In DEV_MODE every port of localhost, "
         "127.0.0.1 and [::1] is allowed as well.",
     )
     dev_mode: bool = _setting(
-        _flag,
+        parse.flag,
         "false",
         "true: a demo page at /, the echo model, any resumeUrl, no required settings. Only on a loopback HOST.",
     )
 
     redis_url: str = _setting(
-        _redis_url,
+        parse.redis_url,
         "",
         "redis://, rediss:// or unix://. Empty or memory://: an embedded store inside the one worker, for a first run and for "
         "debugging; it forgets everything when the process ends.",
         secret=True,
     )
 
-    openai_api_key: str = _setting(_text, "", "Turns on the OpenAI models.", secret=True)
-    openai_base_url: str = _setting(_provider_url, OPENAI_URL, "Where the OpenAI SDK sends its requests.")
-    anthropic_api_key: str = _setting(_text, "", "Turns on the Anthropic models.", secret=True)
-    anthropic_base_url: str = _setting(_provider_url, ANTHROPIC_URL, "Where the Anthropic SDK sends its requests.")
+    openai_api_key: str = _setting(parse.text, "", "Turns on the OpenAI models.", secret=True)
+    openai_base_url: str = _setting(parse.provider_url, OPENAI_URL, "Where the OpenAI SDK sends its requests.")
+    anthropic_api_key: str = _setting(parse.text, "", "Turns on the Anthropic models.", secret=True)
+    anthropic_base_url: str = _setting(parse.provider_url, ANTHROPIC_URL, "Where the Anthropic SDK sends its requests.")
     anthropic_version: str = _setting(
-        _date,
+        parse.date,
         "",
         "The version of Anthropic's API, such as 2023-06-01. Empty: the one that the SDK is made for, which has no temperature "
         "and no top_p any more.",
     )
     models_file: str = _setting(
-        _text,
+        parse.text,
         "",
         "A TOML file with more servers of models (Ollama, vLLM, OpenRouter, Mistral, …), default parameters and limits: "
         "docs/providers.md. Relative to this folder. The variables with their keys stand here too.",
     )
     default_model: str = _setting(
-        _text, "", "Model of an init that names none. Empty: gpt-4; in DEV_MODE without an OpenAI key: echo."
+        parse.text, "", "Model of an init that names none. Empty: gpt-4; in DEV_MODE without an OpenAI key: echo."
     )
     default_provider: str = _setting(
         str.lower,
@@ -330,72 +121,72 @@ class Config:
         "refused at init.",
     )
     provider_retries: int = _setting(
-        _whole(0, 10),
+        parse.whole(0, 10),
         "2",
         "How often a model that failed before its first token is asked again, before fallbackModels are.",
     )
     provider_backoff_seconds: float = _setting(
-        _seconds(0, 10),
+        parse.seconds(0, 10),
         "0.5",
         "Seconds before the first of these retries (varied by 20 %), doubled before each further one. A Retry-After of up to "
         "10 s is waited for; after a longer one the model is not asked again.",
     )
     provider_concurrency: int = _setting(
-        _whole(1, 100_000),
+        parse.whole(1, 100_000),
         "10000",
         "Answers of one provider that are being written at the same time, on each worker. MODELS_FILE may have others for some.",
     )
     provider_queue: int = _setting(
-        _whole(0, 100_000),
+        parse.whole(0, 100_000),
         "1000",
         "Answers that wait for a place with a provider, on each worker; further ones end as overloaded.",
     )
     provider_queue_seconds: float = _setting(
-        _seconds(0, 3_600), "30", "Longest wait for such a place; then the answer ends as overloaded."
+        parse.seconds(0, 3_600), "30", "Longest wait for such a place; then the answer ends as overloaded."
     )
     token_encoding: str = _setting(
-        _text,
+        parse.text,
         "o200k_base",
         "The tiktoken encoding that estimates the tokens of an answer that was stopped or cut. It is used when it is at hand "
         "(TIKTOKEN_CACHE_DIR) and never downloaded; without it, four characters count as a token.",
     )
 
     resume_url_allowed_origins: tuple[str, ...] = _setting(
-        _origins,
+        parse.origins,
         "",
         "Origins a resumeUrl may have, exact, separated by commas: http://n8n:5678,https://n8n.example.com. Required, except in "
         "DEV_MODE, where empty allows every origin on this machine and on public addresses.",
     )
     resume_url_rewrite: tuple[tuple[str, str], ...] = _setting(
-        _rewrites,
+        parse.rewrites,
         "",
         "FROM=TO, separated by commas: http://localhost:5678=http://n8n:5678. Another origin for resumeUrls that name n8n as "
         "others reach it; path and query stay. Rewritten first, then checked against the allowed origins.",
     )
     callback_schedule: tuple[float, ...] = _setting(
-        _schedule,
+        parse.schedule,
         "0,1,2,4,8,15,30,60,300,1800,7200,18000,36000",
         "Seconds to wait before each attempt of a callback (varied by 20 %). After the last one it is a dead letter.",
     )
     callback_concurrency: int = _setting(
-        _whole(1, 200),
+        parse.whole(1, 200),
         "20",
         "Callbacks that a worker sends to one origin at the same time. One that is slow or down delays its own callbacks alone.",
     )
     callback_secret: bytes = _setting(
-        _webhook_secret,
+        parse.webhook_secret,
         "",
         "Signs callbacks (Standard Webhooks): whsec_ and 24 to 64 bytes in base64. Empty: unsigned.",
         secret=True,
     )
     callback_secret_previous: bytes = _setting(
-        _webhook_secret,
+        parse.webhook_secret,
         "",
         "The secret before this one: callbacks carry its signature as well. Set it until every receiver has the new one.",
         secret=True,
     )
     callback_headers: tuple[tuple[str, str], ...] = _setting(
-        _headers,
+        parse.headers,
         "",
         "Sent with every callback, for the Wait node's header authentication. One as X-Aistream-Key: a-secret, several as "
         '{"X-Aistream-Key": "a-secret", "X-Other": "b"}.',
@@ -403,73 +194,81 @@ class Config:
     )
 
     session_ttl_seconds: float = _setting(
-        _seconds(1, 3_600), "60", "A session whose stream nobody opens within this time expires, and n8n is told so."
+        parse.seconds(1, 3_600), "60", "A session whose stream nobody opens within this time expires, and n8n is told so."
     )
     replay_seconds: float = _setting(
-        _seconds(1, 86_400),
+        parse.seconds(1, 86_400),
         "1800",
         "How long after its delivery a finished answer can still be watched from the start.",
     )
     lease_seconds: float = _setting(
-        _seconds(1, 300), "15", "A worker silent for this long has lost its generations; another one ends them."
+        parse.seconds(1, 300), "15", "A worker silent for this long has lost its generations; another one ends them."
     )
     heartbeat_seconds: float = _setting(
-        _seconds(0.2, 60),
+        parse.seconds(0.2, 60),
         "15",
         "A comment is sent on a stream silent for this long, so that no proxy in between closes it.",
     )
     slow_viewer_seconds: float = _setting(
-        _seconds(1, 600),
+        parse.seconds(1, 600),
         "30",
         "A viewer that has not taken what was sent to it for this long is dropped; it can come back, and goes on where it was.",
     )
     first_token_seconds: float = _setting(
-        _seconds(0.1, 3_600), "60", "Longest wait for a model's first token, keep-alives or not; then the next fallback is asked."
+        parse.seconds(0.1, 3_600),
+        "60",
+        "Longest wait for a model's first token, keep-alives or not; then the next fallback is asked.",
     )
     reasoning_first_token_seconds: float = _setting(
-        _seconds(0.1, 3_600), "300", "The same for models that think first (o3, gpt-5, …), or where reasoning_effort asks for it."
+        parse.seconds(0.1, 3_600),
+        "300",
+        "The same for models that think first (o3, gpt-5, …), or where reasoning_effort asks for it.",
     )
     first_token_budget_seconds: float = _setting(
-        _seconds(0.1, 3_600),
+        parse.seconds(0.1, 3_600),
         "120",
         "For all attempts, retries and fallbacks together, waits in a provider's queue not counted; at least what the first "
         "model may take for its first token.",
     )
     silence_seconds: float = _setting(
-        _seconds(0.1, 3_600), "60", "Longest silence of a provider in mid-answer; then the answer ends as failed, with its part."
+        parse.seconds(0.1, 3_600),
+        "60",
+        "Longest silence of a provider in mid-answer; then the answer ends as failed, with its part.",
     )
-    max_stream_seconds: float = _setting(_seconds(1, 7_200), "600", "Longest generation; then it ends as failed.")
+    max_stream_seconds: float = _setting(parse.seconds(1, 7_200), "600", "Longest generation; then it ends as failed.")
     drain_seconds: float = _setting(
-        _seconds(0, 3_600),
+        parse.seconds(0, 3_600),
         "120",
         "How long a stopping worker waits for its generations and callbacks. Keep your stop timeout larger.",
     )
 
-    max_viewers_per_session: int = _setting(_whole(1, 100_000), "10", "Viewers of one session at the same time, on each worker.")
+    max_viewers_per_session: int = _setting(
+        parse.whole(1, 100_000), "10", "Viewers of one session at the same time, on each worker."
+    )
     max_body_bytes: int = _setting(
-        _whole(1_024, 16_777_216),
+        parse.whole(1_024, 16_777_216),
         "262144",
         "Largest request body, in bytes. It and six times MAX_ANSWER_BYTES must fit into 15 MiB.",
     )
     max_prompt_chars: int = _setting(
-        _whole(1, 16_000_000), "200000", "Largest prompt, and largest sum of system and messages, in characters."
+        parse.whole(1, 16_000_000), "200000", "Largest prompt, and largest sum of system and messages, in characters."
     )
     max_answer_bytes: int = _setting(
-        _whole(1_024, 2_097_152),
+        parse.whole(1_024, 2_097_152),
         "2097152",
         "Largest answer, in bytes of UTF-8. At its maximum of 2 MiB the callback stays below n8n's limit of 16 MiB even where "
         "JSON writes a byte as six.",
     )
 
     metrics_token: str = _setting(
-        _token,
+        parse.token,
         "",
         "Opens GET /metrics to whoever has it (Authorization: Bearer). Empty: there is no such page, except in DEV_MODE.",
         secret=True,
     )
-    log_level: str = _setting(_choice("debug", "info", "warning", "error"), "info", "debug, info, warning or error.")
+    log_level: str = _setting(parse.choice("debug", "info", "warning", "error"), "info", "debug, info, warning or error.")
     log_format: str = _setting(
-        _choice("auto", "json", "console"), "auto", "json, console, or auto: JSON unless standard output is a terminal."
+        parse.choice("auto", "json", "console"), "auto", "json, console, or auto: JSON unless standard output is a terminal."
     )
 
     #: OpenAI, Anthropic, and the servers of MODELS_FILE.
@@ -487,7 +286,7 @@ class Config:
             raw = environ.get(name, "").strip() or setting.default
             try:
                 values[name.lower()] = setting.parse(raw)
-            except _Bad as bad:
+            except parse.BadValue as bad:
                 shown = "has a value that cannot be used" if setting.secret else f"is {raw!r}"
                 faults.append(f"{name} {shown}: expected {bad}")
                 values[name.lower()] = setting.parse("") if setting.secret else setting.parse(setting.default)
@@ -541,7 +340,7 @@ class Config:
                 )
             )
         if self.dev_mode:
-            if self.host not in _LOOPBACK_HOSTS:
+            if self.host not in parse.LOOPBACK_HOSTS:
                 found.append(
                     (
                         "HOST",

@@ -18,11 +18,12 @@ from gevent.event import Event as Signal
 from gevent.pool import Pool
 
 from aistream.callback import Dead, Delivered, Meaning, Retry, headers, meaning, next_step, payload
-from aistream.config import Config, origin_of
+from aistream.config import Config
 from aistream.destination import Destinations
 from aistream.errors import DestinationRefused, StoreUnavailable
 from aistream.outbound import Outbound, SendFailed
 from aistream.outbox import Outbox, Taken, Word
+from aistream.parse import origin_of
 from aistream.recall import Recall
 from aistream.session import Attempt
 from aistream.store import AWAY, Places

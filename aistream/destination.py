@@ -10,8 +10,9 @@ import ipaddress
 from contextlib import suppress
 from urllib.parse import urlsplit
 
-from aistream.config import Config, origin_of
+from aistream.config import Config
 from aistream.errors import DestinationRefused
+from aistream.parse import origin_of
 
 _AS_IT_IS = "expected n8n's $execution.resumeUrl"
 

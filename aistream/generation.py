@@ -19,11 +19,12 @@ from gevent.lock import BoundedSemaphore
 
 from aistream import telemetry
 from aistream.asking import Asking
-from aistream.config import Config, origin_of
+from aistream.config import Config
 from aistream.errors import ProviderFailed, StoreUnavailable
 from aistream.estimate import Estimator
 from aistream.events import Cursor, End, Ending, Event, Failed, Reasoning, Text, Usage
 from aistream.log import Log
+from aistream.parse import origin_of
 from aistream.providers import Providers
 from aistream.pulse import Pulse
 from aistream.recall import Recall, Told

@@ -24,9 +24,9 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.util.connection import create_connection
 
 from aistream.callback import Answer
-from aistream.config import origin_of
 from aistream.destination import Destinations
 from aistream.errors import DestinationRefused
+from aistream.parse import origin_of
 from aistream.retry_after import retry_after
 
 #: Seconds to connect, and between two pieces of the answer: a saturated n8n holds its 200 for a while.

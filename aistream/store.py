@@ -9,11 +9,12 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import redis
 
-from aistream.config import Config, origin_of
+from aistream.config import Config
 from aistream.connections import Connections, connect
 from aistream.errors import StoreUnavailable
 from aistream.events import Cursor, Ending, Event, from_entry, to_entry
 from aistream.outbox import Outbox
+from aistream.parse import origin_of
 from aistream.scripts import (
     DEADLINES,
     INBOX,

@@ -13,10 +13,11 @@ import jwt
 import pytest
 
 from aistream.app import create_app
-from aistream.config import Config, manual, origin_of, settings
+from aistream.config import Config, manual, settings
 from aistream.endpoints import ANTHROPIC_URL, OPENAI_URL
 from aistream.environment import load
 from aistream.errors import ConfigError
+from aistream.parse import origin_of
 from aistream.tokens import Caller, Tokens
 from tests.conftest import make_config, missing
 from tests.service import ROOT, SECRET, Service

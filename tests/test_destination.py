@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aistream.config import Config, origin_of
+from aistream.config import Config
 from aistream.destination import Destinations
 from aistream.errors import DestinationRefused
 from aistream.outbound import Outbound, SendFailed
+from aistream.parse import origin_of
 from tests.conftest import make_config
 from tests.neighbours.receiver import Receiver
 from tests.service import SECRET

@@ -1,0 +1,242 @@
+"""How the text of a setting becomes a value. Pure.
+
+Each function takes the text, `""` for an unset variable, and raises BadValue, whose message is what was expected.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+LOOPBACK_HOSTS = {"localhost", "127.0.0.1", "::1"}
+_SECRET_BYTES = 32
+#: An origin as `origin_of` writes it. flask-cors would take one with other characters for a regular expression.
+_ORIGIN = re.compile(r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?")
+
+
+class BadValue(ValueError):
+    """A value that cannot be used; the message is what was expected."""
+
+
+def text(value: str) -> str:
+    """Any text."""
+    return value
+
+
+def flag(value: str) -> bool:
+    """`true` or `false`, and what else people write for them."""
+    try:
+        return {
+            "true": True,
+            "1": True,
+            "yes": True,
+            "on": True,
+            "false": False,
+            "0": False,
+            "no": False,
+            "off": False,
+            "": False,
+        }[value.lower()]
+    except KeyError:
+        raise BadValue("true or false") from None
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """A whole number in these bounds."""
+
+    def parse(value: str) -> int:
+        if re.fullmatch(r"[0-9]{1,18}", value) and low <= int(value) <= high:
+            return int(value)
+        raise BadValue(f"a whole number from {low} to {high}")
+
+    return parse
+
+
+def seconds(low: float, high: float) -> Callable[[str], float]:
+    """A number of seconds in these bounds."""
+
+    def parse(value: str) -> float:
+        if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", value) and low <= float(value) <= high:
+            return float(value)
+        raise BadValue(f"a number of seconds from {low:g} to {high:g}")
+
+    return parse
+
+
+def choice(*allowed: str) -> Callable[[str], str]:
+    """One of these, whatever the case."""
+
+    def parse(value: str) -> str:
+        for one in allowed:
+            if value.lower() == one.lower():
+                return one
+        raise BadValue("one of " + ", ".join(a or "(empty)" for a in allowed))
+
+    return parse
+
+
+def secret(value: str) -> str:
+    """A secret that HMAC signs with, or none."""
+    # os.environ has bytes that are no UTF-8 as lone surrogates, with which nothing can be signed: they count for nothing.
+    if (value and len(value.encode(errors="ignore")) < _SECRET_BYTES) or not value.isprintable():
+        raise BadValue(f"at least {_SECRET_BYTES} random bytes, for example from: openssl rand -hex 32")
+    if "-----BEGIN" in value:
+        raise BadValue("a random secret, not a PEM key: HMAC with a public key lets everybody sign")
+    return value
+
+
+def token(value: str) -> str:
+    """A token that somebody shows, or none."""
+    if value and not re.fullmatch(r"[!-~]{16,}", value):
+        raise BadValue("at least 16 random characters without spaces, for example from: openssl rand -hex 32")
+    return value
+
+
+def webhook_secret(value: str) -> bytes:
+    """Standard Webhooks' serialisation: `whsec_` and 24 to 64 bytes in base64."""
+    if not value:
+        return b""
+    try:
+        secret = base64.b64decode(value.removeprefix("whsec_"), validate=True)
+    except ValueError:  # of which binascii.Error is one, and what is not ASCII another
+        secret = b""
+    if not 24 <= len(secret) <= 64:
+        raise BadValue("whsec_ followed by 24 to 64 random bytes in base64 (Standard Webhooks)")
+    return secret
+
+
+def base_url(value: str) -> str:
+    """An address for browsers: https, a path prefix allowed."""
+    if not value:
+        return ""
+    parts = http_url(value)
+    if parts.scheme == "http" and parts.hostname not in LOOPBACK_HOSTS:
+        raise BadValue("an https:// URL (http:// only for this machine itself)")
+    if "?" in value or "#" in value:
+        raise BadValue("a URL without query and fragment")
+    return value.rstrip("/")
+
+
+def date(value: str) -> str:
+    """A date, or none."""
+    if value and not re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", value):
+        raise BadValue("a date such as 2023-06-01")
+    return value
+
+
+def provider_url(value: str) -> str:
+    """The base URL of an SDK."""
+    http_url(value)
+    return value.rstrip("/")
+
+
+def http_url(value: str) -> Any:
+    """The parts of a full URL without a user."""
+    try:
+        parts = urlsplit(value)
+        valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port)
+    except ValueError:
+        valid = False
+    if not valid or parts.username is not None or not re.fullmatch(r"[!-~]+", value):
+        raise BadValue("a full URL such as https://ai.example.com")
+    return parts
+
+
+def origin_of(url: str) -> str:
+    """`scheme://host[:port]` of a URL in lower case, without the scheme's own port. Raises ValueError for what has none."""
+    parts = urlsplit(url)
+    port = parts.port
+    if parts.scheme.lower() not in ("http", "https") or not parts.hostname:
+        raise ValueError("no http origin")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    default = 443 if parts.scheme.lower() == "https" else 80
+    return f"{parts.scheme.lower()}://{host}" + (f":{port}" if port not in (None, default) else "")
+
+
+def origins(value: str) -> tuple[str, ...]:
+    """Exact origins."""
+    found = []
+    for item in filter(None, (part.strip() for part in value.split(","))):
+        try:
+            origin = origin_of(item)
+        except ValueError:
+            origin = ""
+        if not _ORIGIN.fullmatch(origin) or urlsplit(item).path not in ("", "/") or re.search("[@?#]", item):
+            raise BadValue("origins separated by commas, each exact, such as https://chat.example.com (no *, no path)")
+        found.append(origin)
+    return tuple(found)
+
+
+def rewrites(value: str) -> tuple[tuple[str, str], ...]:
+    """Pairs of origins, each given one once."""
+    rules = []
+    for item in filter(None, (part.strip() for part in value.split(","))):
+        match = re.fullmatch(r"(?i:(https?://[^=]*)=(https?://[^=]*))", item)
+        try:
+            sides = [origins(side) for side in match.groups()] if match else []
+        except BadValue:
+            sides = []
+        if len(sides) != 2:
+            raise BadValue("FROM=TO separated by commas, both exact origins, such as http://localhost:5678=http://n8n:5678")
+        rules.append((sides[0][0], sides[1][0]))
+    if len({given for given, _ in rules}) < len(rules):
+        raise BadValue("each origin rewritten once")
+    return tuple(rules)
+
+
+#: A field name of HTTP (RFC 9110 5.1), and those that are the sender's own.
+_FIELD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_OWN_FIELDS = re.compile(
+    r"host|connection|content-(length|type|encoding)|transfer-encoding|expect|te|trailer|upgrade|user-agent|webhook-.*",
+    re.IGNORECASE,
+)
+
+
+def headers(value: str) -> tuple[tuple[str, str], ...]:
+    """Header fields, each once, and none that is the service's own."""
+    expected = 'one header such as X-Aistream-Key: a-secret, or several as {"X-Aistream-Key": "a-secret", "X-Other": "…"}'
+    if value.startswith("{"):
+        try:
+            pairs = json.loads(value, object_pairs_hook=list)
+        except ValueError:
+            raise BadValue(expected) from None
+    else:
+        name, colon, text = value.partition(":")
+        pairs = [(name.strip(), text.strip())] if colon else [("", value)] if value else []
+    for name, text in pairs:
+        if not isinstance(text, str) or not _FIELD.fullmatch(name) or not re.fullmatch(r"[\t -~]+", text) or text != text.strip():
+            raise BadValue(expected)
+        if _OWN_FIELDS.fullmatch(name):
+            raise BadValue(f"headers of your own: {name} is set by the service")
+    if len({name.lower() for name, _ in pairs}) < len(pairs):
+        raise BadValue("each header once")
+    return tuple((name, text) for name, text in pairs)
+
+
+def schedule(value: str) -> tuple[float, ...]:
+    """Seconds before each attempt."""
+    try:
+        delays = tuple(seconds(0, 86_400)(part.strip()) for part in value.split(","))
+    except BadValue:
+        raise BadValue("seconds before each attempt separated by commas, each from 0 to 86400") from None
+    if len(delays) > 50:
+        raise BadValue("at most 50 attempts")
+    return delays
+
+
+def redis_url(value: str) -> str:
+    """Where Redis is; `""` for the embedded store."""
+    if not value or value == "memory://":
+        return ""
+    try:
+        parts = urlsplit(value)
+        valid = parts.scheme in ("redis", "rediss", "unix") and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid:
+        raise BadValue("redis://, rediss:// or unix://, or memory:// for the embedded store")
+    return value
