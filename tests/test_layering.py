@@ -46,9 +46,10 @@ ORDER = """
 #: Who may import from its own line: a viewer in this process reads what the generation here writes.
 BESIDE = {"viewing": {"generation"}}
 
-PURE = """
-    providers.redaction callback destination tokens session sse events config parse endpoints retry_after errors
-""".split()
+PURE = [
+    *("providers.redaction", "callback", "destination", "tokens", "session", "sse", "events"),
+    *("config", "parse", "endpoints", "retry_after", "errors"),
+]
 #: What a pure module has no business with: the network, other processes, the disk, chance and the clock.
 IMPURE = """
     anthropic asyncio fakeredis flask flask_cors gevent greenlet gunicorn http httpx2 logging multiprocessing openai os pathlib
