@@ -85,8 +85,8 @@ class Generation:
         self.told: Told | None = None
         self._all = generations
         self._greenlet: gevent.Greenlet[..., None] | None = None
-        #: Its ending is on its way to the store: nothing stops it any more.
-        self.finishing = False
+        #: Its ending, on its way to the store: nothing stops it any more.
+        self.ending: Ending | None = None
         self._started = time.monotonic()
         self._first_token: float | None = None
         self._usage: Usage | None = None
@@ -94,6 +94,11 @@ class Generation:
         #: Its way to an answer.
         self.asking = Asking(generations.config, generations.providers, claimed.request, session_id)
         self._cutters: dict[type[Text | Reasoning], Cutter] = {Text: Cutter(), Reasoning: Cutter()}
+
+    @property
+    def finishing(self) -> bool:
+        """Whether it is ending already."""
+        return self.ending is not None
 
     def start(self) -> None:
         """Runs it in a greenlet of its own."""
@@ -117,7 +122,7 @@ class Generation:
 
     def finish(self, ending: Ending) -> None:
         """Ends the log and the session. Nothing is shown as ended before the store has it."""
-        self.finishing = True
+        self.ending = ending
         for kind, cutter in self._cutters.items():
             for piece in cutter.end():
                 self._append(kind(piece))
@@ -392,8 +397,8 @@ class Generations:
     def cancel(self, session_id: str) -> State | Missing:
         """Stops the session, wherever it runs. Gives its state: an ending, or `running` while that is still to come.
 
-        Raises StoreUnavailable, unless it runs here: then the provider is let go at once,
-        and the rest happens when the store is back.
+        Raises StoreUnavailable, unless it runs here and has not ended otherwise: then the provider is let go at once, and the
+        rest happens when the store is back.
         """
         generation = self.running.get(session_id)
         if generation is not None:
@@ -401,7 +406,7 @@ class Generations:
         try:
             state = self.store.cancel(session_id)
         except StoreUnavailable:
-            if generation is None:
+            if generation is None or generation.ending not in (None, CANCELLED):
                 raise
             return State.RUNNING
         if state is State.PENDING:

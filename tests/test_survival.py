@@ -163,6 +163,31 @@ def test_while_redis_is_away_a_stop_still_lets_the_provider_go(
     assert (callback.json["status"], callback.json["answer"]) == ("cancelled", text_of(seen))
 
 
+def test_while_redis_is_away_a_stop_of_what_has_ended_is_not_accepted(
+    start_service: StartService, redis: RedisServer, provider: ProviderServer, n8n: Receiver
+) -> None:
+    service = start_service(REDIS_URL=redis.url, **provider.openai_environ)
+    url = service.stream_url(model="gpt-test-hold-n6-k3-i212", resumeUrl=n8n.url())
+    with service.watch(url) as viewer:
+        seen = [next(viewer) for _ in range(3)]
+        gevent.sleep(0.1)
+        redis.kill()
+        provider.release()
+        seen += [next(viewer) for _ in range(3)]
+        wait_until(lambda: asked_of(provider, "gpt-test-hold-n6-k3-i212").ended == "complete")
+        gevent.sleep(0.1)
+
+        answer = stop(url)
+        redis.start()
+        rest = list(viewer)
+
+    (callback,) = n8n.wait_for(1, timeout=10)
+    assert (answer.status_code, answer.json()["code"]) == (503, "store_unavailable")
+    assert [event.data for event in rest] == ["[DONE]"]
+    assert (callback.json["status"], callback.json["answer"]) == ("completed", text_of(seen))
+    assert (stop(url).status_code, stop(url).json()["status"]) == (200, "completed")
+
+
 # Who starts an answer, and who ends it by leaving
 
 
