@@ -23,7 +23,7 @@ from tests.service import Event, Service, text_of
 LANES = 6
 #: Metrics of providers that the rows tell of.
 COUNTED = ("aistream_sessions_ended", "aistream_provider_attempts", "aistream_provider_retries")
-COUNTED += ("aistream_provider_fallbacks", "aistream_provider_adaptations")
+COUNTED += ("aistream_provider_fallbacks", "aistream_provider_adaptations", "aistream_tokens")
 
 
 class Seen(NamedTuple):
@@ -132,7 +132,7 @@ def test_what_a_provider_does_comes_to_what_the_table_says(runner: Runner, numbe
     assert told["end"] == seen.text[-1].data if expect.failed else seen.text[-1].data == "[DONE]"
     assert_callback(callback, expect, told["end"])
     assert callback["provider"] == (f"{alias}-spare" if expect.told_by_fallback else alias)
-    assert seen.counted + seen.spare == expected_counts(expect, row.fallback)
+    assert seen.counted + seen.spare == expected_counts(expect, row.fallback) + tokens_of(callback)
 
 
 def told_in_json(events: list[Event]) -> dict[str, Any]:
@@ -201,6 +201,13 @@ def expected_counts(expect: Expect, fallback: str) -> Counter[tuple[str, ...]]:
     for parameter in expect.adapted:
         counted["aistream_provider_adaptations", parameter] += 1
     return counted
+
+
+def tokens_of(callback: dict[str, Any]) -> Counter[tuple[str, ...]]:
+    """The metrics of its tokens: what n8n is told, and is billed by."""
+    usage = callback["usage"]
+    kinds = ("input", "output")
+    return +Counter({("aistream_tokens", kind, usage["source"]): usage[f"{kind}_tokens"] for kind in kinds})
 
 
 def test_of_all_that_providers_said_no_key_and_no_organisation_got_out(runner: Runner) -> None:
