@@ -140,7 +140,7 @@ def _status(error: Any, call: Call) -> ProviderFailed:
         again=again,
         retry_after=_wait(headers),
         parameters=_parameters(status, inner, body),
-        log_detail={"provider_status": status, **_detail(inner, call)},
+        log_detail={"provider_status": status, "provider_request": _request_id(headers), **_detail(inner, call)},
     )
 
 
@@ -149,6 +149,12 @@ def _wait(headers: Any) -> float | None:
     if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", exact):
         return float(exact) / 1000
     return retry_after(headers.get("retry-after"), time.time())
+
+
+def _request_id(headers: Any) -> str:
+    """By which the provider finds the request again, when it is asked about it (OpenAI's header, Anthropic's)."""
+    given = headers.get("x-request-id") or headers.get("request-id") or ""
+    return given if re.fullmatch(r"[\w-]{1,80}", given) else ""
 
 
 def _by_words(error: dict[str, Any]) -> _Kind | None:
