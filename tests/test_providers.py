@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import gevent
@@ -10,7 +11,7 @@ import httpx
 import pytest
 
 from tests.neighbours.provider import ProviderServer
-from tests.neighbours.receiver import Receiver
+from tests.neighbours.receiver import CUT, STARTING_UP, Receiver
 from tests.neighbours.scenarios import HELLO, THOUGHTS
 from tests.service import ROOT, Service, n8n_token, text_of, wait_until
 
@@ -218,6 +219,36 @@ def test_a_server_that_does_not_list_its_models_delays_the_list_for_a_moment_alo
     states = [[(one["name"], one["error"]) for one in listed["providers"]] for listed in (failed, again)]
     assert states == [[("openai", "provider_unavailable"), ("anthropic", None), ("echo", None)]] * 2
     wait_until(lambda: not any(one["error"] for one in models(service)["providers"]), timeout=15)
+
+
+def test_a_server_that_is_none_of_models_is_told_apart(
+    start_service: Callable[..., Service], n8n: Receiver, tmp_path: Path
+) -> None:
+    answers = {
+        "html": STARTING_UP,
+        "other": (200, {"Content-Type": "application/json"}, '{"message":"Workflow was started"}'),
+        "list": (200, {"Content-Type": "application/json"}, '["gpt-4"]'),
+        "odd": (200, {"Content-Type": "application/json"}, '{"data":[{"name":"gpt-4"}, 7]}'),
+        "cut": CUT,
+    }
+    for name, answer in answers.items():
+        n8n.answers([answer] * 4, path=f"/{name}/models")
+        n8n.answers([answer] * 4, path=f"/{name}/v1/models")
+    tables = [f'[{name}]\nbase_url = "{n8n.url(f"/{name}")}"\nmodel = "m"' for name in answers]
+    tables += [f'[{name}-claude]\nbase_url = "{n8n.url(f"/{name}")}"\napi = "anthropic"\nmodel = "m"' for name in answers]
+    (tmp_path / "models.toml").write_text("\n".join(tables))
+    service = start_service(MODELS_FILE=str(tmp_path / "models.toml"))
+
+    listed = models(service)
+
+    errors = {one["name"]: one["error"] for one in listed["providers"] if one["name"].partition("-")[0] in answers}
+    assert errors == {
+        f"{name}{family}": "provider_unavailable" if name == "cut" else "upstream_malformed"
+        for family in ("", "-claude")
+        for name in answers
+    }
+    assert {model["id"] for model in listed["models"]} == {*errors, "echo"}
+    assert len(service.lines("provider.not_listed")) == len(errors)
 
 
 # ---- TLS ----

@@ -16,11 +16,13 @@ from gevent.pool import Pool
 from aistream.config import Config
 from aistream.endpoints import Endpoint
 from aistream.errors import Fault, InvalidRequest, ProviderFailed
+from aistream.providers import failures
 from aistream.providers.adaptation import Adaptations
 from aistream.providers.base import Call, Events, Provider
 from aistream.providers.bulkhead import Bulkhead
 from aistream.providers.echo import EchoProvider
 from aistream.session import Request, Route
+from aistream.telemetry import log as lines
 
 #: Which names belong to whom, where no prefix says so. Matched without regard to case.
 _PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -206,9 +208,10 @@ class Providers:
         if not names:
             try:
                 names = self[endpoint.name].models(LISTING)
-            except ProviderFailed as failed:
-                names = [endpoint.model] if endpoint.model else []
-                return Listing(endpoint, True, self._named(endpoint, names), failed.code)
+            except Exception as error:  # a server may answer anything, and its SDK raise whatever it makes of that
+                failed = error if isinstance(error, ProviderFailed) else failures.failed(failures.MALFORMED)
+                lines.warning("provider.not_listed", provider=endpoint.name, code=failed.code, **failed.log_detail)
+                return Listing(endpoint, True, self._named(endpoint, filter(None, [endpoint.model])), failed.code)
         if endpoint.name == "openai" and not endpoint.models:
             names = [name for name in names if self._by_look(name) == "openai" and not _NO_CHAT.search(name)]
         return Listing(endpoint, True, self._named(endpoint, names), "")
