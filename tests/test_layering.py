@@ -29,7 +29,7 @@ ORDER = """
     scripts
     connections  pulse
     providers.openai  providers.anthropic  providers.echo
-    providers.wire
+    providers.wire  providers.translation
     providers.failures  providers.adaptation
     providers.base  providers.redaction  providers.bulkhead
     estimate

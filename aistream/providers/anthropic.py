@@ -14,6 +14,7 @@ from aistream.events import End, Usage
 from aistream.providers import failures, wire
 from aistream.providers.adaptation import Adaptations
 from aistream.providers.base import Call, Events, limited, parameters, pieces, said
+from aistream.providers.translation import translated
 from aistream.session import Message, Request
 
 #: Anthropic's stop reasons in the words of the callback; others are passed on as they are.
@@ -124,7 +125,7 @@ class AnthropicProvider:
     def models(self, timeout: float) -> list[str]:
         """See `Provider.models`."""
         call = Call(Request("", "", "", self.endpoint.name), "", self.endpoint.key)
-        with failures.translated(call, anthropic.APIStatusError, anthropic.APIConnectionError):
+        with translated(call, anthropic.APIStatusError, anthropic.APIConnectionError):
             return [model.id for model in self._client.models.list(limit=1000, timeout=timeout).data]
 
     def stream(self, request: Request, model: str, call: Call) -> Events:
@@ -156,7 +157,7 @@ class AnthropicProvider:
         } | {name: value for name, value in given.items() if value is not None and name not in refused}
 
     def _answer(self, body: dict[str, Any], call: Call) -> Events:
-        with failures.translated(call, anthropic.APIStatusError, anthropic.APIConnectionError):
+        with translated(call, anthropic.APIStatusError, anthropic.APIConnectionError):
             create = self._client.messages.with_streaming_response.create
             # As for OpenAI: typed parameters are walked by their annotations, extra_body is merged as it is.
             with create(model=call.model, max_tokens=1, messages=[], stream=True, extra_body=body) as response:

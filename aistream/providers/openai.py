@@ -15,6 +15,7 @@ from aistream.events import End, Usage
 from aistream.providers import failures, wire
 from aistream.providers.adaptation import Adaptations
 from aistream.providers.base import Call, Events, limited, parameters, pieces, said
+from aistream.providers.translation import translated
 from aistream.session import Request
 
 #: Finish reasons in the words of the callback; others are passed on as they are.
@@ -108,7 +109,7 @@ class OpenAIProvider:
     def models(self, timeout: float) -> list[str]:
         """See `Provider.models`."""
         call = Call(Request("", "", "", self.endpoint.name), "", self.endpoint.key)
-        with failures.translated(call, openai.APIStatusError, openai.APIConnectionError):
+        with translated(call, openai.APIStatusError, openai.APIConnectionError):
             return [model.id for model in self._client.models.list(timeout=timeout).data]
 
     def stream(self, request: Request, model: str, call: Call) -> Events:
@@ -140,7 +141,7 @@ class OpenAIProvider:
         streamed = "stream" in body
         # An organisation that is not verified may not stream some models: then the whole answer is waited for.
         call.whole = not streamed
-        with failures.translated(call, openai.APIStatusError, openai.APIConnectionError):
+        with translated(call, openai.APIStatusError, openai.APIConnectionError):
             create = self._client.chat.completions.with_streaming_response.create
             # All in extra_body, which is merged over the rest: the SDK walks typed parameters by their annotations, for a
             # quarter of a request's CPU.
