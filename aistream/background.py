@@ -94,9 +94,10 @@ class Background:
             self._providers.warm_up()
             estimator = self._generations.estimator
             estimator.load()
-            lines.info(
-                "tokens.estimated_by", method=estimator.method, **({"reason": estimator.reason} if estimator.reason else {})
-            )
+            if estimator.reason:
+                lines.debug("tokens.estimated_by", method=estimator.method, reason=estimator.reason)
+            else:
+                lines.info("tokens.estimated_by", method=estimator.method)
 
     def stop(self) -> None:
         """Ends the loops at once. What was running here is recovered by another worker, as after a crash."""
