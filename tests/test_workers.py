@@ -169,14 +169,16 @@ def test_an_attempt_whose_worker_was_killed_is_made_again_a_lease_later(own_pair
 
 def test_an_attempt_that_takes_longer_than_a_lease_is_not_made_again(pair: list[Service], n8n: Receiver) -> None:
     n8n.answers([Answer(delay=3.5)])  # three leases
-    one, _ = pair
-    url = one.stream_url(model="echo", prompt="a b", resumeUrl=n8n.url())
-    one.read(url)
+    url = pair[0].stream_url(model="echo", prompt="a b", resumeUrl=n8n.url())
+    pair[0].read(url)
 
-    wait_until(lambda: one.lines("callback.attempted", session=session_in(url)))
+    def attempts() -> list[str]:
+        # The other worker may have looked in the very moment in which it became due.
+        return [line["outcome"] for one in pair for line in one.lines("callback.attempted", session=session_in(url))]
 
+    wait_until(attempts)
     assert [received.json["attempt"] for received in n8n.requests] == [1]
-    assert one.lines("callback.attempted", session=session_in(url))[0]["outcome"] == "delivered"
+    assert attempts() == ["delivered"]
 
 
 @pytest.mark.parametrize("embedded", [True, False])
