@@ -7,6 +7,7 @@ never followed by another's words.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import closing
 from random import random
 
@@ -57,13 +58,16 @@ def next_wait(failure: ProviderFailed, retries: int, *, allowed: int, backoff: f
 
 
 class Asking:
-    """One generation's way to its answer. `session_id` is for the log lines."""
+    """One generation's way to its answer. `session_id` is for the log lines, which show nothing of what `written` gives."""
 
-    def __init__(self, config: Config, providers: Providers, request: Request, session_id: str) -> None:
+    def __init__(
+        self, config: Config, providers: Providers, request: Request, session_id: str, written: Callable[[], list[str]]
+    ) -> None:
         self._config = config
         self._providers = providers
         self._request = request
         self._session_id = session_id
+        self._written = written
         self._greenlet: gevent.Greenlet[..., None] | None = None
         #: The model that is asked, and what is known of its answer.
         self.route = request.routes[0]
@@ -138,7 +142,8 @@ class Asking:
 
     def _turn_to(self, route: Route) -> Call:
         self._requests += self.call.requests
-        self.route, self.call = route, Call(self._request, route.model, self._providers.secret(route.provider))
+        self.route = route
+        self.call = Call(self._request, route.model, self._providers.secret(route.provider), self._written)
         return self.call
 
     def _ask(self, route: Route, budget: float) -> Events:

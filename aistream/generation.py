@@ -92,7 +92,7 @@ class Generation:
         self._usage: Usage | None = None
         self._answer_bytes = 0
         #: Its way to an answer.
-        self.asking = Asking(generations.config, generations.providers, claimed.request, session_id)
+        self.asking = Asking(generations.config, generations.providers, claimed.request, session_id, self._written)
         self._cutters: dict[type[Text | Reasoning], Cutter] = {Text: Cutter(), Reasoning: Cutter()}
 
     @property
@@ -188,6 +188,9 @@ class Generation:
                 elif not self._say(event):
                     return TOO_LONG
         return INTERNAL
+
+    def _written(self) -> list[str]:
+        return [self.log.answer(), self.log.reasoning()]
 
     def _estimate(self) -> Usage:
         """The usage of an answer whose provider has not said it, or not to the end: what is known, and the rest estimated."""

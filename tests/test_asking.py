@@ -58,7 +58,7 @@ def ask(provider: ProviderServer, tmp_path: Path) -> Iterator[Ask]:
         route = providers.route(model)
         fallbacks = tuple(providers.route(name) for name in asked.pop("fallbackModels", []))
         request = Request("Hello", model, route.model, route.provider, fallbacks=fallbacks, **asked)
-        asking = Asking(config, providers, request, "a-session")
+        asking = Asking(config, providers, request, "a-session", list)
 
         def watch() -> None:
             while True:
@@ -536,4 +536,4 @@ def test_a_session_older_than_the_configuration_fails_in_words(ask: Ask) -> None
     asking = ask("gpt-test-hello")
     asking._request = Request("Hello", "gone/x", "x", "gone")
 
-    assert failure(Asking(asking._config, asking._providers, asking._request, "s")).code == "provider_not_configured"
+    assert failure(Asking(asking._config, asking._providers, asking._request, "s", list)).code == "provider_not_configured"

@@ -356,9 +356,14 @@ def test_what_a_provider_quotes_of_the_conversation_or_of_a_key_is_not_logged(al
     aliased.read(aliased.stream_url(model="gpt-test-status-s401-i406", prompt=secret))
     aliased.read(aliased.stream_url(model="claude-test-echoing-i406", prompt=secret))
 
+    for family in ("gpt", "claude"):
+        aliased.read(aliased.stream_url(model=f"{family}-test-quoting-i406"))
+
     lines = [line for line in aliased.lines("provider.failed") if line["model"].endswith("-i406")]
-    assert {"Incorrect API key provided: […].", "The prompt was: […]"} <= {line.get("provider_message") for line in lines}
-    assert "canary" not in aliased.log
+    assert {"Incorrect API key provided: […].", "The prompt was: […]", "The answer was: […]"} == {
+        line.get("provider_message") for line in lines
+    }
+    assert "canary" not in aliased.log and "word3" not in aliased.log
     assert all(line["provider_request"].startswith("req_test") for line in lines if "provider_status" in line)
 
 

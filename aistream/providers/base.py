@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from aistream.endpoints import Endpoint
@@ -32,6 +32,7 @@ class Call:
     """
 
     __slots__ = (
+        "_written",
         "answered",
         "heard_at",
         "input",
@@ -46,8 +47,10 @@ class Call:
         "whole",
     )
 
-    def __init__(self, request: Request, model: str, secret: str = "") -> None:
+    def __init__(self, request: Request, model: str, secret: str = "", written: Callable[[], list[str]] = lambda: []) -> None:
+        """`written` gives what the model has said so far."""
         self.request = request
+        self._written = written
         self.model = model
         self.secret = secret
         self.answered = False
@@ -59,6 +62,10 @@ class Call:
         self.usage: Usage | None = None
         self.requests = 0
         self.left_out: frozenset[str] = frozenset()
+
+    def texts(self) -> list[str]:
+        """All that was said in the conversation, by either side."""
+        return [*self.request.texts(), *self._written()]
 
 
 class Provider(Protocol):

@@ -109,10 +109,10 @@ def by_words(error: dict[str, Any]) -> Kind | None:
 
 
 def detail(error: dict[str, Any], call: Call) -> dict[str, object]:
-    """What the log says of it: the provider's identifiers, and its words without keys, ids, and what was said to it."""
+    """What the log says of it: the provider's identifiers, and its words without keys, ids, and what was said."""
     words = [_word(error.get(key)) for key in ("type", "code", "param")]
     message = error.get("message")
-    said = redacted(message, secrets=[call.secret], said=call.request.texts()) if isinstance(message, str) else ""
+    said = redacted(message, secrets=[call.secret], said=call.texts()) if isinstance(message, str) else ""
     return {"provider_error": [word for word in words if word], "provider_message": said}
 
 

@@ -614,6 +614,14 @@ def reset(ask: Ask) -> Iterator[Step]:
     yield Cut()
 
 
+@scenario("quoting", k=5)
+def quoting(ask: Ask) -> Iterator[Step]:
+    """-k words, then an error event whose message quotes them."""
+    said = words(ask.params["k"])
+    yield from map(Text, said)
+    yield ErrorEvent(500, f"The answer was: {''.join(said)}")
+
+
 # Requests that are refused
 
 
