@@ -94,7 +94,7 @@ class Asking:
         Raises ProviderFailed: that of the model that broke off, or, where none began, the last one that another try might mend.
         To be iterated in a greenlet, which `check` ends the silence of.
         """
-        self._greenlet = gevent.getcurrent()  # type: ignore[assignment]
+        self._greenlet = gevent.getcurrent()  # type: ignore[assignment]  # a Greenlet: a generation runs in one of its own
         budget = self._budget()
         failed: list[tuple[ProviderFailed, Route, Call]] = []
         for route in self._request.routes:

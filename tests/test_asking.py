@@ -42,7 +42,7 @@ def ask(provider: ProviderServer, tmp_path: Path) -> Iterator[Ask]:
     Those with the same `environ` and `models` share their providers, as a worker's generations do.
     """
     known: dict[str, Providers] = {}
-    watches: list[gevent.Greenlet] = []  # type: ignore[type-arg]
+    watches: list[gevent.Greenlet] = []  # type: ignore[type-arg]  # of whatever signature
 
     def make(model: str, environ: dict[str, str] | None = None, models: str = "", **asked: Any) -> Asking:
         (tmp_path / "models.toml").write_text(models)

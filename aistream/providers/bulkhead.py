@@ -39,7 +39,7 @@ class Bulkhead:
         if self.free:
             self.running += 1
             return
-        if len(self._waiting) >= self._queue:
+        if self.waiting >= self._queue:
             raise _overloaded("full")
         turn: AsyncResult[bool] = AsyncResult()
         self._waiting.append(turn)

@@ -169,11 +169,11 @@ def _events(chunks: Iterator[bytes], call: Call) -> Events:
                 finish_reason = choice.finish_reason or finish_reason
                 delta = choice.delta
                 if delta is not None:
-                    if delta.content.__class__ is list:
+                    if isinstance(delta.content, list):
                         thought, word = _parts(delta.content)
                         reasoning, text = reasoning + thought, text + word
                     else:
-                        text += delta.content or delta.refusal or ""  # type: ignore[operator]
+                        text += delta.content or delta.refusal or ""
                     refused = refused or bool(delta.refusal)
                     reasoning += delta.reasoning_content or delta.reasoning or ""
         yield from said(text, reasoning)
