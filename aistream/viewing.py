@@ -23,6 +23,7 @@ from aistream.generation import Generation, Generations
 from aistream.log import Log
 from aistream.session import Elsewhere, Ended, Missing
 from aistream.sse import HEARTBEAT, PREAMBLE, Mode, error_frame
+from aistream.sockets import PEEK
 from aistream.telemetry import log as lines
 
 #: Seconds that a refusal which may pass is held back, with heartbeats: any status but 200 ends an EventSource for good.
@@ -129,7 +130,7 @@ class Viewer:
 
         def readable() -> None:
             try:
-                closed = plain.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+                closed = plain.recv(1, PEEK) == b""
             except (BlockingIOError, InterruptedError):
                 return
             except OSError:

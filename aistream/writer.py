@@ -7,8 +7,6 @@ written anew.
 
 from __future__ import annotations
 
-from itertools import islice
-
 import gevent
 from gevent.event import Event as Signal
 from gevent.lock import BoundedSemaphore
@@ -122,13 +120,15 @@ class LogWriter:
             batch = [(one.log.session_id, one.log.cursors[i], one.log.events[i]) for one, span in spans for i in span]
             if not batch:
                 return
-            refusals = iter(self._store.append(batch))
+            refusals = self._store.append(batch)
+            refused = any(refusals)
+            first = 0
             for one, span in spans:
-                # A list: all of this span must be taken off the iterator, or the next span would read its refusals.
-                if any([refusal is not None for refusal in islice(refusals, len(span))]):
+                if refused and any(refusals[first : first + len(span)]):
                     self._judge(one)
                 else:
                     one.stored = span.stop
+                first += len(span)
                 if one.stored < len(one.log):
                     self.touch(one)
 

@@ -28,6 +28,7 @@ ORDER = """
     outbox
     scripts
     connections  pulse
+    sockets
     providers.openai  providers.anthropic  providers.echo
     providers.wire  providers.translation
     providers.failures  providers.adaptation
