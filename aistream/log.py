@@ -6,9 +6,9 @@ encoded once per mode, whoever reads them. Readers wait without polling and are 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
-from gevent.hub import Waiter, get_hub
+from gevent.hub import get_hub
 
 from aistream.events import Cursor, Event, Reasoning, Text, is_ending
 from aistream.sse import ENCODERS, Mode
@@ -20,7 +20,7 @@ PIECE = 65_536
 class Log:
     """Events in the order of their cursors; `seq` is contiguous within an epoch. The last one is the ending."""
 
-    __slots__ = ("_bases", "_frames", "_waiters", "cursors", "dropped", "ended", "events", "lost", "session_id", "text_epoch")
+    __slots__ = ("_bases", "_frames", "_readers", "cursors", "dropped", "ended", "events", "lost", "session_id", "text_epoch")
 
     def __init__(self, session_id: str) -> None:
         self.session_id = session_id
@@ -35,7 +35,7 @@ class Log:
         self.text_epoch = 0
         self._frames: dict[Mode, list[bytes]] = {}
         self._bases: dict[int, int] = {}
-        self._waiters: list[Waiter[Any]] = []
+        self._readers: list[Callable[[], object]] = []
 
     def __len__(self) -> int:
         return len(self.events)
@@ -44,6 +44,11 @@ class Log:
     def last(self) -> Cursor | None:
         """The cursor of the last event."""
         return self.cursors[-1] if self.cursors else None
+
+    @property
+    def flows(self) -> bool:
+        """Whether it is as it should be, and more will come."""
+        return not (self.ended or self.dropped or self.lost)
 
     def append(self, cursor: Cursor, event: Event) -> None:
         """Adds an event and wakes the readers. Without yielding."""
@@ -111,23 +116,23 @@ class Log:
         """What the model thought aloud so far."""
         return "".join([event.text for event in self.events if isinstance(event, Reasoning)])
 
-    def add_waiter(self, waiter: Waiter[Any]) -> None:
-        """Registers a reader that is about to wait. It is woken once, by the next append, and gets True."""
-        self._waiters.append(waiter)
+    def add_reader(self, look: Callable[[], object]) -> None:
+        """Registers a reader that has read everything. `look` is called once, in the hub, after the next append."""
+        self._readers.append(look)
 
-    def discard_waiter(self, waiter: Waiter[Any]) -> None:
+    def discard_reader(self, look: Callable[[], object]) -> None:
         """Forgets a reader that was woken by something else."""
-        if waiter in self._waiters:
-            self._waiters.remove(waiter)
+        if look in self._readers:
+            self._readers.remove(look)
 
     def wake(self) -> None:
         """Lets every waiting reader look again."""
-        if self._waiters:
-            waiters, self._waiters = self._waiters, []
+        if self._readers:
+            readers, self._readers = self._readers, []
             run = get_hub().loop.run_callback
-            for waiter in waiters:
-                # In the hub, not here: the writer goes on first, so that one wake-up covers all it has.
-                run(waiter.switch, True)
+            for look in readers:
+                # In the hub, not here: the writer goes on first, so that one look covers all it has.
+                run(look)
 
     def drop(self) -> None:
         """Declares this copy void and sends its readers back to the store."""

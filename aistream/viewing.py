@@ -7,9 +7,11 @@ nobody else's.
 from __future__ import annotations
 
 import socket
+import ssl
 import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import gevent
@@ -22,8 +24,8 @@ from aistream.follower import Follower
 from aistream.generation import Generation, Generations
 from aistream.log import Log
 from aistream.session import Elsewhere, Ended, Missing
-from aistream.sse import HEARTBEAT, PREAMBLE, Mode, error_frame
 from aistream.sockets import PEEK
+from aistream.sse import HEARTBEAT, PREAMBLE, Mode, error_frame
 from aistream.telemetry import log as lines
 
 #: Seconds that a refusal which may pass is held back, with heartbeats: any status but 200 ends an EventSource for good.
@@ -32,6 +34,9 @@ HOLD = 20.0
 RETRY = 0.5
 #: Bytes that the kernel keeps for a client that does not read.
 SEND_BUFFER = 131_072
+
+#: What has woken a viewer.
+_BY_LOG, _BY_ANOTHER = object(), object()
 
 
 class Viewer:
@@ -52,8 +57,16 @@ class Viewer:
         self._found = False
         self._due = b""
         self._waiter: Waiter[Any] | None = None
+        #: What the log calls meanwhile.
+        self._look_again: Callable[[], object] | None = None
         self._watcher: Any = None
+        #: gevent's, and the plain one below it.
         self._socket: Any = None
+        self._plain: Any = None
+        #: Chunks may be written to the plain one, past gunicorn; what of the last one was not taken.
+        self._direct = False
+        self._unsent = b""
+        self._position = 0
         self._began = time.monotonic()
         self._bytes = 0
         self._closed = False
@@ -96,7 +109,7 @@ class Viewer:
         """Lets it look again; `due` is sent if there is nothing else to send."""
         if self._waiter is not None:
             self._due = due
-            get_hub().loop.run_callback(self._waiter.switch, None)
+            get_hub().loop.run_callback(self._waiter.switch, _BY_ANOTHER)
 
     @property
     def waiting(self) -> bool:
@@ -110,20 +123,21 @@ class Viewer:
 
     def drop_if_slow(self, since: float) -> None:
         """Cuts the line of a client that has not taken what was sent to it at `since`. It can come back, and resume."""
-        if self._waiter is None and self._socket is not None and not self.gone and self.spoke_at < since:
+        if self._waiter is None and self._plain is not None and not self.gone and self.spoke_at < since:
             self.gone = self.slow = True
             with suppress(OSError):
                 # Below gevent, so that whoever is sending gets the kernel's EPIPE, which gunicorn passes over.
-                self._socket.shutdown(socket.SHUT_RDWR)
+                self._plain.shutdown(socket.SHUT_RDWR)
 
-    def watch(self, sock: Any) -> None:
-        """Notices at once when the client closes its end of `sock`.
+    def watch(self, sock: Any, *, chunked: bool) -> None:
+        """Notices at once when the client closes its end of `sock`. `chunked`: what is written to it goes in HTTP's chunks.
 
         Neither gunicorn nor gevent tells: a silent stream would never notice, a busy one at the second write. A client that
         only half-closes looks the same; no EventSource does that.
         """
         plain = getattr(sock, "_sock", sock)
-        self._socket = plain
+        self._socket, self._plain = sock, plain
+        self._direct = chunked and plain is not sock and not isinstance(sock, ssl.SSLSocket)
         with suppress(OSError):
             # What a client that does not read can hold up in the kernel: without it, up to 4 MiB and so whole answers.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
@@ -180,9 +194,12 @@ class Viewer:
 
     def _watch(self, log: Log) -> Generator[bytes, None, bool]:
         """Sends what the log has after the cursor, then what comes. Gives False where the log turned out to be void."""
-        position = log.position(self.cursor)
+        self._position = log.position(self.cursor)
         while not self.gone:
-            count = len(log)
+            if self._unsent:
+                unsent, self._unsent = self._unsent, b""
+                self._socket.sendall(unsent)
+            position, count = self._position, len(log)
             if log.dropped:
                 return False
             if self.cursor is not None and self.cursor.seq and self.cursor.epoch < log.text_epoch:
@@ -190,15 +207,12 @@ class Viewer:
                 return True
             if position >= count and log.ended:
                 # It has a cursor beyond what a lost worker had stored: what it still lacks is the ending.
-                position = count - 1 if position > count or self.cursor != log.last else count
+                self._position = position = count - 1 if position > count or self.cursor != log.last else count
                 if position == count:
                     return True
             if position < count:
-                frames, position = log.frames(self.mode, position)
-                self.cursor = log.cursors[position - 1]
+                frames = self._take(log)
                 if frames:
-                    self._bytes += len(frames)
-                    self.spoke_at = time.monotonic()
                     yield frames
             elif log.lost:
                 yield refusal_frame(Refused("session_lost"), self.cursor, self.mode)
@@ -211,6 +225,15 @@ class Viewer:
                 self._wait(log)
         return True
 
+    def _take(self, log: Log) -> bytes:
+        """The frames that come next, which count as sent."""
+        frames, self._position = log.frames(self.mode, self._position)
+        self.cursor = log.cursors[self._position - 1]
+        if frames:
+            self._bytes += len(frames)
+            self.spoke_at = time.monotonic()
+        return frames
+
     def _old_eyes(self, log: Log) -> bytes:
         """It has text of an epoch that a failover lost, and the session ran once more: what that says does not go with it."""
         ending = log.events[-1] if log.ended else None
@@ -221,14 +244,40 @@ class Viewer:
 
     def _wait(self, log: Log) -> None:
         waiter = self._waiter = Waiter()
-        log.add_waiter(waiter)
+        look = self._look_again = partial(self._push, log, waiter) if self._direct else partial(waiter.switch, _BY_LOG)
+        log.add_reader(look)
         woken_by_log = False
         try:
-            woken_by_log = waiter.get() is True
+            woken_by_log = waiter.get() is _BY_LOG
         finally:
             self._waiter = None
             if not woken_by_log:
-                log.discard_waiter(waiter)
+                log.discard_reader(look)
+
+    def _push(self, log: Log, waiter: Waiter[Any]) -> None:
+        """In the hub: writes what has come as a chunk, while this viewer's own greenlet sleeps on.
+
+        A greenlet's wake-up, gunicorn's chunk and gevent's `sendall` cost more than the rest of a token's way. Whatever is not
+        plain sailing (an end, a client that is slow or gone) wakes the greenlet.
+        """
+        if waiter is not self._waiter or self._look_again is None:
+            return  # something else has woken it in the same moment
+        if not log.flows or self.gone or (self.cursor is not None and self.cursor.epoch < log.text_epoch):
+            waiter.switch(_BY_LOG)
+            return
+        if self._position < len(log):
+            frames = self._take(log)
+            if frames:
+                chunk = b"%x\r\n%b\r\n" % (len(frames), frames)
+                try:
+                    sent = self._plain.send(chunk)
+                except OSError:  # also of a client that is gone: its greenlet will meet it again, where gunicorn passes it over
+                    sent = 0
+                self._unsent = chunk[sent:]
+            if self._unsent or self._position < len(log):
+                waiter.switch(_BY_LOG)
+                return
+        log.add_reader(self._look_again)
 
     def _hold(self) -> Generator[bytes, None, bool]:
         """Waits for a place or for the store, with heartbeats. True: found now. False: the last word is said.

@@ -28,12 +28,11 @@ ORDER = """
     outbox
     scripts
     connections  pulse
-    sockets
     providers.openai  providers.anthropic  providers.echo
     providers.wire  providers.translation
     providers.failures  providers.adaptation
     providers.base  providers.redaction  providers.bulkhead
-    estimate
+    estimate  sockets
     callback  telemetry  destination
     environment  shared_metrics
     tokens

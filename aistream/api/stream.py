@@ -37,9 +37,11 @@ def watch(session_id: str) -> Response:
             # A browser never shows a person the body of any other status.
             return _events(Response(refusal_frame(refused, cursor, mode)))
         # What may pass is held: the viewer's stream begins with heartbeats.
-    sock = request.environ.get("gunicorn.socket") or request.environ.get("werkzeug.socket")
+    environ = request.environ
+    sock = environ.get("gunicorn.socket") or environ.get("werkzeug.socket")
     if sock is not None:
-        viewer.watch(sock)
+        # gunicorn answers HTTP/1.1 in chunks where a response has no length.
+        viewer.watch(sock, chunked="gunicorn.socket" in environ and environ["SERVER_PROTOCOL"] == "HTTP/1.1")
     response = _events(Response(viewer.stream(), direct_passthrough=True))
     response.call_on_close(viewer.close)
     return response
