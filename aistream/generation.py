@@ -209,15 +209,18 @@ class Generation:
         return msgspec.structs.replace(usage, estimated_by=estimator.method)
 
     def _say(self, event: Text | Reasoning) -> bool:
-        """Puts an event into the log, in the pieces that the wire can carry. False: the answer would be too long."""
+        """Puts an event into the log, in the pieces that the wire can carry. False: its beginning, it is too long."""
         kind: type[Text | Reasoning] = type(event)
+        text, fits = event.text, True
         if isinstance(event, Text):
-            self._answer_bytes += len(event.text.encode("utf-8", "surrogatepass"))
-            if self._answer_bytes > self._all.config.max_answer_bytes:
-                return False
-        for piece in self._cutters[kind].feed(event.text):
+            size = len(text.encode("utf-8", "surrogatepass"))
+            room = self._all.config.max_answer_bytes - self._answer_bytes
+            self._answer_bytes += size
+            if size > room:
+                text, fits = _beginning(text, room), False
+        for piece in self._cutters[kind].feed(text):
             self._append(kind(piece))
-        return True
+        return fits
 
     def _append(self, event: Text | Reasoning | Usage) -> None:
         log = self.log
@@ -529,3 +532,11 @@ def _report(session_id: str, epoch: int, request: Request, outcome: Outcome, eve
         queued_ms=outcome.queued_ms,
         duration_ms=duration_ms,
     )
+
+
+def _beginning(text: str, size: int) -> str:
+    """As many of its first characters as have no more than `size` bytes."""
+    raw = text.encode("utf-8", "surrogatepass")
+    while raw[size] & 0xC0 == 0x80:  # in the middle of a character
+        size -= 1
+    return raw[:size].decode("utf-8", "surrogatepass")
