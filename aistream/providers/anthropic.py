@@ -10,6 +10,7 @@ import anthropic
 import msgspec
 
 from aistream.endpoints import Endpoint
+from aistream.errors import ProviderFailed
 from aistream.events import End, Usage
 from aistream.providers import failures, wire
 from aistream.providers.adaptation import Adaptations
@@ -201,7 +202,11 @@ def _events(chunks: Iterator[bytes], call: Call) -> Events:
     for batch in wire.server_events(chunks, call):
         text, reasoning = "", ""
         for server_event in batch:
-            event = wire.decode(server_event.data, _event)
+            try:
+                event = wire.decode(server_event.data, _event)
+            except ProviderFailed:
+                yield from said(text, reasoning)
+                raise
             match event.type:
                 case "content_block_delta" if event.delta is not None:
                     text += event.delta.text or ""

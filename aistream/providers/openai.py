@@ -11,6 +11,7 @@ import msgspec
 import openai
 
 from aistream.endpoints import Endpoint
+from aistream.errors import ProviderFailed
 from aistream.events import End, Usage
 from aistream.providers import failures, wire
 from aistream.providers.adaptation import Adaptations
@@ -157,7 +158,11 @@ def _events(chunks: Iterator[bytes], call: Call) -> Events:
         for event in batch:
             if event.data == b"[DONE]":
                 continue  # not every compatible server sends it: the finish reason is the mark of an end
-            chunk = wire.decode(event.data, _chunk)
+            try:
+                chunk = wire.decode(event.data, _chunk)
+            except ProviderFailed:
+                yield from said(text, reasoning)
+                raise
             if chunk.error is not None:
                 yield from said(text, reasoning)
                 raise failures.error_event(chunk.error, call)
