@@ -144,6 +144,12 @@ class Config:
     provider_queue_seconds: float = _setting(
         parse.seconds(0, 3_600), "30", "Longest wait for such a place; then the answer ends as overloaded."
     )
+    provider_transport: str = _setting(
+        parse.choice("fast", "httpx"),
+        "fast",
+        "fast: our own HTTP/1.1 under the SDKs. httpx: the SDKs' own, for a server that ours does not get on with; it "
+        "costs several times the CPU for each token.",
+    )
     token_encoding: str = _setting(
         parse.text,
         "o200k_base",

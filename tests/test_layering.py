@@ -30,6 +30,8 @@ ORDER = """
     connections  pulse
     providers.openai  providers.anthropic  providers.echo
     providers.wire  providers.translation
+    providers.transport
+    providers.http1
     providers.failures  providers.adaptation
     providers.base  providers.redaction  providers.bulkhead
     estimate  sockets

@@ -74,7 +74,7 @@ class Providers:
         self._served: dict[str, Served] = {}
         for endpoint in config.endpoints:
             if endpoint.usable:
-                self._served[endpoint.name] = self._serve(_provider(endpoint, adaptations))
+                self._served[endpoint.name] = self._serve(_provider(endpoint, adaptations, config.provider_transport))
         if config.dev_mode:
             self._served["echo"] = self._serve(EchoProvider())
         self._listed: tuple[float, list[Listing]] | None = None
@@ -220,15 +220,15 @@ class Providers:
         return tuple((self.name_of(Route(endpoint.name, name)), name) for name in sorted(set(names)))
 
 
-def _provider(endpoint: Endpoint, adaptations: Adaptations) -> Provider:
+def _provider(endpoint: Endpoint, adaptations: Adaptations, transport: str) -> Provider:
     # An SDK is imported only where it is configured: the two take seconds to load and 60 MB to hold.
     if endpoint.api == "anthropic":
         from aistream.providers.anthropic import AnthropicProvider
 
-        return AnthropicProvider(endpoint, adaptations)
+        return AnthropicProvider(endpoint, adaptations, transport)
     from aistream.providers.openai import OpenAIProvider
 
-    return OpenAIProvider(endpoint, adaptations)
+    return OpenAIProvider(endpoint, adaptations, transport)
 
 
 def _fault(field: str, code: str, message: str) -> InvalidRequest:

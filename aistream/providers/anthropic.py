@@ -83,8 +83,10 @@ _message = msgspec.json.Decoder(_Message)
 class AnthropicProvider:
     """Streams messages through the official SDK's raw response."""
 
-    def __init__(self, endpoint: Endpoint, adaptations: Adaptations) -> None:
+    def __init__(self, endpoint: Endpoint, adaptations: Adaptations, transport: str = "fast") -> None:
+        """`transport`: see PROVIDER_TRANSPORT."""
         self.endpoint = endpoint
+        self._transport = transport
         self._adaptations = adaptations
 
     @cached_property
@@ -96,7 +98,7 @@ class AnthropicProvider:
             max_retries=0,
             timeout=wire.TIMEOUT,
             default_headers={"anthropic-version": version} if version else None,
-            http_client=anthropic.DefaultHttpxClient(limits=wire.LIMITS, timeout=wire.TIMEOUT),
+            http_client=wire.http_client(anthropic.DefaultHttpxClient, self._transport),
         )
 
     @property

@@ -78,8 +78,10 @@ _chunk = msgspec.json.Decoder(_Chunk)
 class OpenAIProvider:
     """Streams chat completions through the official SDK's raw response."""
 
-    def __init__(self, endpoint: Endpoint, adaptations: Adaptations) -> None:
+    def __init__(self, endpoint: Endpoint, adaptations: Adaptations, transport: str = "fast") -> None:
+        """`transport`: see PROVIDER_TRANSPORT."""
         self.endpoint = endpoint
+        self._transport = transport
         self._adaptations = adaptations
         official = urlsplit(endpoint.base_url).hostname == "api.openai.com"
         self._limits = _LIMITS if official else _LIMITS[::-1]
@@ -91,7 +93,7 @@ class OpenAIProvider:
             base_url=self.endpoint.base_url,
             max_retries=0,
             timeout=wire.TIMEOUT,
-            http_client=openai.DefaultHttpxClient(limits=wire.LIMITS, timeout=wire.TIMEOUT),
+            http_client=wire.http_client(openai.DefaultHttpxClient, self._transport),
         )
 
     def warm_up(self) -> None:

@@ -1,4 +1,4 @@
-"""What both SDK providers share: reading the SDK's raw response as server-sent events, and the settings of its transport.
+"""What both SDK providers share: the SDK's HTTP client, and reading its raw response as server-sent events.
 
 The SDKs make the request (auth, URL, errors, timeouts); their typed chunks are not built, since those cost five to ten
 times what the bytes do.
@@ -18,6 +18,7 @@ import httpx2
 import msgspec
 from gevent import monkey
 
+from aistream.providers import transport
 from aistream.providers.base import Call, Events
 from aistream.providers.failures import MALFORMED, failed
 
@@ -29,12 +30,19 @@ TIMEOUT = httpx2.Timeout(connect=10.0, read=None, write=30.0, pool=10.0)
 LIMITS = httpx2.Limits(max_connections=20_000, max_keepalive_connections=100, keepalive_expiry=30.0)
 
 
-# The pool under the SDKs asks poll() about each of its idle connections at both ends of every request. gevent's poll goes
-# through the hub with two watchers, for up to a hundred connections: a third of a session's CPU. The pool never waits in it
-# (its timeout is 0), so the plain one does.
+# The SDKs' own pool (PROVIDER_TRANSPORT=httpx) asks poll() about each of its idle connections at both ends of every request.
+# gevent's poll goes through the hub with two watchers, for up to a hundred connections: a third of a session's CPU. The pool
+# never waits in it (its timeout is 0), so the plain one does.
 setattr(  # noqa: B010  # mypy knows that the name is httpcore2's own
     httpcore2._utils, "select", SimpleNamespace(poll=monkey.get_original("select", "poll"), POLLIN=select.POLLIN)
 )
+
+
+def http_client(kind: type[httpx2.Client], choice: str) -> httpx2.Client:
+    """An SDK's kind of client, on the transport that PROVIDER_TRANSPORT names."""
+    if choice == "httpx":
+        return kind(limits=LIMITS, timeout=TIMEOUT)
+    return transport.client(kind, TIMEOUT, LIMITS)
 
 
 def read(
@@ -52,7 +60,15 @@ def read(
     kind = response.headers.get("content-type", "")
     if kind.startswith("text/html"):
         raise failed(MALFORMED, content_type="text/html")
-    yield from whole(response.read(), call) if kind.startswith("application/json") else events(response.iter_bytes(), call)
+    yield from whole(response.read(), call) if kind.startswith("application/json") else events(_chunks(response), call)
+
+
+def _chunks(response: Any) -> Iterator[bytes]:
+    """The bytes as they arrive: past httpx2's layers, where nothing is to be decoded and the transport is ours."""
+    body: Iterable[bytes] | None = response.http_response.extensions.get(transport.BODY)
+    if body is None or "content-encoding" in response.headers:
+        return response.iter_bytes()  # type: ignore[no-any-return]
+    return iter(body)
 
 
 class ServerEvent(NamedTuple):
