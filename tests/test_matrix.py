@@ -1,12 +1,15 @@
 """Everything that a provider may do, with both providers: what viewers see in both modes, what n8n gets, what is counted.
 
 The rows are in `tests/matrix.py`; docs/providers.md shows them. All of them run beside one another, in lanes: each lane has
-providers (aliases) of its own, so that what is counted of them is one row's.
+providers (aliases) of its own, so that what is counted of them is one row's. They run over each way to a provider, and all ways
+come to the same.
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import gevent
@@ -24,6 +27,10 @@ LANES = 6
 #: Metrics of providers that the rows tell of.
 COUNTED = ("aistream_sessions_ended", "aistream_provider_attempts", "aistream_provider_retries")
 COUNTED += ("aistream_provider_fallbacks", "aistream_provider_adaptations", "aistream_tokens")
+#: The ways to a provider: PROVIDER_TRANSPORT, and with TLS or without.
+WAYS = {"fast": "fast", "httpx": "httpx", "fast-tls": "fast"}
+#: What differs from one run to the next.
+OWN = ("streamId", "timings")
 
 
 class Seen(NamedTuple):
@@ -97,30 +104,50 @@ class Runner:
         return Seen(in_text, in_json, callback, after[alias] - before[alias], after[spare] - before[spare])
 
 
-@pytest.fixture(scope="module")
-def runner(provider_process: ProviderServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
-    """All rows, run."""
-    folder = tmp_path_factory.mktemp("matrix")
-    (folder / "models.toml").write_text(models_file(provider_process))
-    environ = {**matrix.ENVIRON, "TEST_KEY": "sk-test-of-the-matrix", "MODELS_FILE": str(folder / "models.toml")}
-    service = Service(folder / "log", environ)
-    service.start()
-    try:
-        with Receiver() as n8n:
+def ran(way: str, folder: Path) -> Runner:
+    """All rows, run over this way to a provider."""
+    with ProviderServer(tls=folder if way.endswith("tls") else None) as provider, Receiver() as n8n:
+        (folder / "models.toml").write_text(models_file(provider))
+        trust = {"SSL_CERT_FILE": str(provider.ca)} if way.endswith("tls") else {}
+        keys = {"TEST_KEY": "sk-test-of-the-matrix", "MODELS_FILE": str(folder / "models.toml")}
+        service = Service(folder / "log", {**matrix.ENVIRON, **keys, **trust, "PROVIDER_TRANSPORT": WAYS[way]})
+        service.start()
+        try:
             runner = Runner(service, n8n)
             runner.run()
-            yield runner
-    finally:
-        service.stop()
+        finally:
+            service.stop()
+    return runner
 
 
-@pytest.mark.parametrize(
+@pytest.fixture(scope="module")
+def run_over(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Runner]:
+    """Runs all rows over a way, the first time that it is asked for."""
+    return cache(lambda way: ran(way, tmp_path_factory.mktemp("matrix")))
+
+
+@pytest.fixture(params=WAYS, scope="module")
+def runner(run_over: Callable[[str], Runner], request: pytest.FixtureRequest) -> Runner:
+    """All rows, run over one way after the other."""
+    return run_over(request.param)
+
+
+CELLS = pytest.mark.parametrize(
     ("number", "family"), list(matrix.cells()), ids=lambda value: value if isinstance(value, str) else ROWS[value].what
 )
-def test_what_a_provider_does_comes_to_what_the_table_says(runner: Runner, number: int, family: str) -> None:
-    row, seen = ROWS[number], runner.seen[number, family]
+
+
+def seen_by(runner: Runner, number: int, family: str) -> Seen:
+    """What came of this cell. Raises what was raised then."""
+    seen = runner.seen[number, family]
     if isinstance(seen, BaseException):
         raise seen
+    return seen
+
+
+@CELLS
+def test_what_a_provider_does_comes_to_what_the_table_says(runner: Runner, number: int, family: str) -> None:
+    row, seen = ROWS[number], seen_by(runner, number, family)
     expect, callback = row.expect(family), seen.callback.json
     alias = f"lane{number % LANES}-{family}"
 
@@ -133,6 +160,21 @@ def test_what_a_provider_does_comes_to_what_the_table_says(runner: Runner, numbe
     assert_callback(callback, expect, told["end"])
     assert callback["provider"] == (f"{alias}-spare" if expect.told_by_fallback else alias)
     assert seen.counted + seen.spare == expected_counts(expect, row.fallback) + tokens_of(callback)
+
+
+@CELLS
+def test_all_ways_to_a_provider_come_to_the_same(run_over: Callable[[str], Runner], number: int, family: str) -> None:
+    seen = [seen_by(run_over(way), number, family) for way in WAYS]
+
+    told = [{**(parts := told_in_json(one.json)), "start": others(parts["start"])} for one in seen]
+    callbacks = [others(one.callback.json) for one in seen]
+    assert told == told[:1] * len(WAYS)
+    assert callbacks == callbacks[:1] * len(WAYS)
+
+
+def others(fields: dict[str, Any]) -> dict[str, Any]:
+    """All but what is one run's own."""
+    return {name: value for name, value in fields.items() if name not in OWN}
 
 
 def told_in_json(events: list[Event]) -> dict[str, Any]:
