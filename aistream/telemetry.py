@@ -33,6 +33,9 @@ _ATTEMPTS = Counter(
     ["outcome"],
     registry=_REGISTRY,
 )
+# There from the start, at 0. This also opens the file of all counters of this worker, for which there may be no descriptor later.
+for _outcome in ("delivered", "retry", "dead"):
+    _ATTEMPTS.labels(_outcome)
 _ATTEMPT = Histogram(
     "aistream_callback_attempt_seconds",
     "Time that one attempt took.",
