@@ -4,7 +4,7 @@ import gc
 import os
 import sys
 
-from aistream import shared_metrics
+from aistream import kernel_limits, shared_metrics
 from aistream.environment import load
 from aistream.errors import ConfigError
 
@@ -16,8 +16,8 @@ except ConfigError as error:
 bind = f"[{service.host}]:{service.port}" if ":" in service.host else f"{service.host}:{service.port}"
 workers = service.web_concurrency
 worker_class = "aistream.worker.Worker"
-# Bounds everything on a worker, health checks included, so it stands well above the streams a worker can carry.
-worker_connections = 20_000
+# Fewer where the limit of file descriptors carries fewer.
+worker_connections = kernel_limits.CONNECTIONS
 backlog = 4_096
 # A gevent worker's heartbeat only fails when its hub is blocked.
 timeout = 60

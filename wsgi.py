@@ -6,11 +6,15 @@ monkey.patch_all()
 
 import sys
 
+from aistream import kernel_limits
 from aistream.app import create_app
 from aistream.environment import load
 from aistream.errors import ConfigError
 
 try:
-    app = create_app(load())
+    config = load()
+    # For `flask run`; gunicorn's worker does it once more, with the number of connections that gunicorn was given.
+    kernel_limits.raise_descriptors(kernel_limits.demand(config).wanted)
+    app = create_app(config)
 except ConfigError as error:
     sys.exit(str(error))

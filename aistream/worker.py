@@ -7,6 +7,7 @@ EventSource of Firefox for good.) Where other workers listen on the same port, n
 
 from __future__ import annotations
 
+import errno
 import sys
 import time
 from functools import partial
@@ -17,6 +18,8 @@ from gevent.select import select
 from gevent.server import StreamServer
 from gunicorn.workers.ggevent import GeventWorker  # type: ignore[import-untyped]
 
+from aistream import kernel_limits
+
 #: Seconds between two looks of a worker that drains at whether a new connection waits.
 RELUCTANCE = 0.25
 #: Seconds in which another worker would have taken one that waits.
@@ -26,17 +29,40 @@ MOMENT = 0.005
 #: Seconds in which a connection that was accepted in the last moment says what it wants, and at most until it has its answer.
 LAST_WISH = 0.1
 LAST_ANSWER = 5.0
+#: Seconds until a worker that has no file descriptor left tries again to accept, and between two lines that say so.
+SCARCITY = 0.1
+REMINDER = 60.0
 
 
 class Listener(StreamServer):
     """Accepts connections; `last` only those that nobody else has taken."""
 
     last = False
+    _said_at = -REMINDER
+
+    def do_read(self) -> Any:
+        """One new connection, or None: there is none, or no file descriptor for it. Then it waits with the kernel."""
+        try:
+            return super().do_read()
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+        # gevent would wait for up to a second, and print a traceback each time.
+        self.stop_accepting()
+        gevent.spawn_later(SCARCITY, self._try_again)
+        if time.monotonic() - self._said_at >= REMINDER:
+            self._said_at = time.monotonic()
+            _lines().warning("descriptors.exhausted")
+        return None
 
     def start_accepting(self) -> None:
         """Called by gevent at the start, and whenever the pool has room again."""
         if not self.last:
             super().start_accepting()
+
+    def _try_again(self) -> None:
+        if self.started:
+            self.start_accepting()
 
     def accept_left(self) -> None:
         """Accepts what has waited for longer than any other worker would have let it; never returns."""
@@ -68,6 +94,21 @@ class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         """The loops of the app that this worker serves."""
         return self.wsgi.extensions["aistream"].background
 
+    def run(self) -> None:
+        """Serves, with no more connections than there are file descriptors for; the service's first worker says what is short.
+
+        Called by gunicorn after the fork, when all is loaded.
+        """
+        config = self.wsgi.extensions["aistream"].config
+        asked = kernel_limits.demand(config, self.cfg.worker_connections)
+        limit = kernel_limits.raise_descriptors(asked.wanted)
+        self.worker_connections = asked.connections_within(limit)
+        if self.age == 1:
+            for short in kernel_limits.shortages(asked, limit, self.cfg.backlog, self.cfg.workers):
+                level = "debug" if config.dev_mode else "warning" if short.warns else "info"
+                getattr(_lines(), level)(short.event, **short.facts)
+        super().run()
+
     def server_class(self, sock: Any, *, spawn: Any, **_: Any) -> Listener:
         """gunicorn's hook for a server of one's own: its plain one, kept at hand."""
         listener = Listener(sock, handle=partial(self.handle, sock), spawn=spawn)
@@ -97,3 +138,10 @@ class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         # What is left now are kept-alive connections with nothing to say. gunicorn would wait for them to the end of
         # `graceful_timeout` and answer each with a 500; an exit just closes them.
         sys.exit(0)  # from any greenlet gevent carries this to the main one
+
+
+def _lines() -> Any:
+    # Only in a worker: the master imports this module before it has made the folder that prometheus_client looks for.
+    from aistream.telemetry import log
+
+    return log

@@ -34,11 +34,15 @@ def n8n_token(**claims: Any) -> str:
 
 
 class Service:
-    """One gunicorn. `environ` on top of a DEV_MODE configuration; nothing else of this process's environment counts."""
+    """One gunicorn. `environ` on top of a DEV_MODE configuration; nothing else of this process's environment counts.
 
-    def __init__(self, log: Path, environ: Mapping[str, str]) -> None:
+    `ulimit`: what a shell sets before it starts, such as `-Hn 256`.
+    """
+
+    def __init__(self, log: Path, environ: Mapping[str, str], ulimit: str = "") -> None:
         self._log = log
         self._environ = dict(environ)
+        self._limited = ["sh", "-c", f'ulimit {ulimit} && exec "$0" "$@"'] if ulimit else []
         self._process: subprocess.Popen[bytes] | None = None
         self.port = int(environ.get("PORT", 0)) or _free_port()
 
@@ -83,7 +87,7 @@ class Service:
         }
         with self._log.open("a") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "gunicorn", "wsgi:app"],
+                [*self._limited, sys.executable, "-m", "gunicorn", "wsgi:app"],
                 cwd=ROOT,
                 env={name: value for name, value in environ.items() if value},
                 stdout=log,

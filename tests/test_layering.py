@@ -36,7 +36,7 @@ ORDER = """
     providers.base  providers.redaction  providers.bulkhead
     estimate  sockets
     callback  telemetry  destination
-    environment  shared_metrics
+    environment  shared_metrics  kernel_limits
     tokens
     session
     sse
