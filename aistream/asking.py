@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import closing
 from random import random
 
 import gevent
@@ -17,9 +16,9 @@ from gevent.hub import get_hub
 from aistream import telemetry
 from aistream.config import Config
 from aistream.errors import ProviderFailed
-from aistream.events import End, Usage
+from aistream.events import End, Reasoning, Text, Usage
 from aistream.providers import Providers, failures
-from aistream.providers.base import Call, Events
+from aistream.providers.base import Call, Say
 from aistream.providers.failures import FIRST_TOKEN, SILENCE
 from aistream.session import Request, Route
 from aistream.telemetry import log as lines
@@ -88,8 +87,8 @@ class Asking:
         """How many were sent to providers."""
         return self._requests + self.call.requests
 
-    def events(self) -> Events:
-        """What the first model that begins to answer says, to its `End`.
+    def answer(self, say: Say) -> End:
+        """Says what the first model that begins to answer says, and gives its end.
 
         Raises ProviderFailed: that of the model that broke off, or, where none began, the last one that another try might mend.
         To be iterated in a greenlet, which `check` ends the silence of.
@@ -104,8 +103,7 @@ class Asking:
                 telemetry.provider_fell_back(self.route.provider)
                 lines.info("provider.fallback", session=self._session_id, provider=route.provider, model=route.model)
             try:
-                yield from self._ask(route, budget)
-                return
+                return self._ask(route, budget, say)
             except ProviderFailed as failure:
                 if self.begun:
                     raise
@@ -146,7 +144,7 @@ class Asking:
         self.call = Call(self._request, route.model, self._providers.secret(route.provider), self._written)
         return self.call
 
-    def _ask(self, route: Route, budget: float) -> Events:
+    def _ask(self, route: Route, budget: float, say: Say) -> End:
         self._turn_to(route)
         if not self._providers.known(route.provider):
             raise ProviderFailed("provider_not_configured", "The service no longer has this model's provider.", retryable=False)
@@ -164,16 +162,15 @@ class Asking:
                 self.queued += waited
                 telemetry.provider_queued(route.provider, waited)
         try:
-            yield from self._attempts(route, budget)
+            return self._attempts(route, budget, say)
         finally:
             bulkhead.leave()
 
-    def _attempts(self, route: Route, budget: float) -> Events:
+    def _attempts(self, route: Route, budget: float, say: Say) -> End:
         retries = 0
         while True:
             try:
-                yield from self._attempt(route, budget)
-                return
+                return self._attempt(route, budget, say)
             except ProviderFailed as failure:
                 wait = None
                 if not self.begun:
@@ -192,27 +189,29 @@ class Asking:
                 telemetry.provider_retried(route.provider)
                 gevent.sleep(wait)
 
-    def _attempt(self, route: Route, budget: float) -> Events:
+    def _attempt(self, route: Route, budget: float, say: Say) -> End:
         call = self._turn_to(route)
         began = time.monotonic()
         self._first_token_by = began + min(self._providers.first_token_seconds(route, self._request), self._left(budget))
         self._thought_by = began + self._config.reasoning_first_token_seconds
         self._silence = self._providers.silence_seconds(route.provider)
         outcome = "stopped"
+
+        def hear(event: Text | Reasoning | Usage) -> None:
+            self._listening = False
+            if not self.begun and not isinstance(event, Usage):
+                self.begun = True
+                telemetry.provider_began(route.provider, time.monotonic() - began)
+            say(event)
+            # What happened to the event may have taken long; the provider is not to blame.
+            call.heard_at = time.monotonic()
+            self._listening = True
+
         try:
-            with closing(self._providers.stream(route, self._request, call)) as events:
-                self._listening = True
-                for event in events:
-                    self._listening = False
-                    if not self.begun and not isinstance(event, Usage):
-                        self.begun = True
-                        telemetry.provider_began(route.provider, time.monotonic() - began)
-                    if isinstance(event, End):
-                        outcome = "answered"
-                    yield event
-                    # What happened to the event may have taken long; the provider is not to blame.
-                    call.heard_at = time.monotonic()
-                    self._listening = True
+            self._listening = True
+            ending = self._providers.answer(route, self._request, call, hear)
+            outcome = "answered"
+            return ending
         except _Silent:
             outcome = SILENCE.code if self.begun else FIRST_TOKEN.code
             # Asking a model again that has let its time pass would cost that time once more.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import suppress
 
 import gevent
 import msgspec
@@ -69,6 +69,10 @@ class _Stop(gevent.GreenletExit):
 
 class _OutOfTime(BaseException):
     """MAX_STREAM_SECONDS are over. No Exception: it is thrown into the SDK, which must not take it for one of its own."""
+
+
+class _TooLong(BaseException):
+    """The answer has reached its limit. No Exception: it is raised into the SDK's hands, as `_OutOfTime` is."""
 
 
 class Generation:
@@ -179,15 +183,16 @@ class Generation:
             return INTERNAL
 
     def _ask_provider(self) -> Ending:
-        with closing(self.asking.events()) as events:
-            for event in events:
-                if isinstance(event, End):
-                    return event
-                if isinstance(event, Usage):
-                    self._usage = event
-                elif not self._say(event):
-                    return TOO_LONG
-        return INTERNAL
+        try:
+            return self.asking.answer(self._hear)
+        except _TooLong:
+            return TOO_LONG
+
+    def _hear(self, event: Text | Reasoning | Usage) -> None:
+        if isinstance(event, Usage):
+            self._usage = event
+        elif not self._say(event):
+            raise _TooLong
 
     def _written(self) -> list[str]:
         return [self.log.answer(), self.log.reasoning()]

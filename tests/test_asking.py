@@ -74,9 +74,14 @@ def ask(provider: ProviderServer, tmp_path: Path) -> Iterator[Ask]:
         providers.close()
 
 
+Said = Text | Reasoning | Usage
+
+
 def text(asking: Asking) -> str:
     """The whole answer. Raises ProviderFailed."""
-    return "".join(event.text for event in asking.events() if isinstance(event, Text))
+    said: list[Said] = []
+    asking.answer(said.append)
+    return "".join(event.text for event in said if isinstance(event, Text))
 
 
 def failure(asking: Asking) -> ProviderFailed:
@@ -219,25 +224,22 @@ def test_once_a_token_was_said_nothing_is_retried_or_spliced(ask: Ask, provider:
     model = f"{family}-test-cut-k1-x1-i306"
     asking = ask(model, fallbackModels=["gpt-test-hello-i306"])
 
-    said: list[str] = []
+    said: list[Said] = []
     with pytest.raises(ProviderFailed) as failed:
-        for event in asking.events():
-            assert isinstance(event, Text)
-            said.append(event.text)
+        asking.answer(said.append)
 
-    assert ("".join(said), failed.value.code) == ("word1 ", "upstream_disconnected")
+    assert (said, failed.value.code) == ([Text("word1 ")], "upstream_disconnected")
     assert [asked.model for asked in provider.requests()] == [model]
 
 
 def test_a_thought_is_a_token_too(ask: Ask, provider: ProviderServer) -> None:
     # Whoever has seen a model think would see another begin anew.
-    events = []
+    said: list[Said] = []
     asking = ask("gpt-test-reasoning-d300-i307", {"SILENCE_SECONDS": "0.1"})
     with pytest.raises(ProviderFailed) as failed:
-        for event in asking.events():
-            events.append(event)
+        asking.answer(said.append)
 
-    assert failed.value.code == "silence_timeout" and isinstance(events[0], Reasoning)
+    assert failed.value.code == "silence_timeout" and isinstance(said[0], Reasoning)
     assert len(provider.requests("gpt-test-reasoning-d300-i307")) == 1
 
 
@@ -437,10 +439,11 @@ def test_anthropic_may_refuse_a_temperature_all_the_same(ask: Ask, provider: Pro
 
 @BOTH
 def test_a_server_that_does_not_stream_whatever_it_is_asked_is_understood(ask: Ask, family: str) -> None:
-    events = list(ask(f"{family}-test-whole").events())
+    events: list[Said] = []
+    ending = ask(f"{family}-test-whole").answer(events.append)
 
     usage = [event for event in events if isinstance(event, Usage)]
-    assert isinstance(events[-1], End) and len(usage) == 1 and usage[0].source == "provider"
+    assert ending == End("stop") and len(usage) == 1 and usage[0].source == "provider"
     texts = [event.text for event in events if isinstance(event, (Text, Reasoning))]
     assert "".join(texts) == "".join(THOUGHTS) + WHOLE and max(map(len, texts)) <= 64
 

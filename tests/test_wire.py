@@ -16,26 +16,21 @@ from hypothesis import strategies as st
 from aistream.errors import ProviderFailed
 from aistream.providers import failures, wire
 from aistream.providers.base import Call
-from aistream.providers.wire import ServerEvent
 from aistream.session import Request
 
 #: No deadline: the machine may be busy with something else.
 EXAMPLES = settings(deadline=None)
 
 
-def call() -> Call:
-    """The note of a call."""
-    return Call(Request("Hello", "m", "m", "openai"), "m")
+def steps(chunks: Iterable[bytes]) -> list[list[bytes]]:
+    """The data of the events of a stream that arrives in these chunks, step by step."""
+    events = wire.ServerEvents()
+    return [events.feed(chunk) for chunk in chunks]
 
 
-def server_events(chunks: Iterable[bytes]) -> Iterable[list[ServerEvent]]:
-    """The events of a stream that arrives in these chunks, step by step."""
-    return wire.server_events(chunks, call())
-
-
-def flat(chunks: Iterable[bytes]) -> list[ServerEvent]:
-    """The events of a stream that arrives in these chunks."""
-    return list(itertools.chain.from_iterable(server_events(chunks)))
+def flat(chunks: Iterable[bytes]) -> list[bytes]:
+    """The data of the events of a stream that arrives in these chunks."""
+    return list(itertools.chain.from_iterable(steps(chunks)))
 
 
 OPENAI = (
@@ -85,23 +80,23 @@ def test_empty_chunks_change_nothing(stream: bytes) -> None:
 
 def test_the_events_are_those_that_stand_there() -> None:
     assert flat([ANTHROPIC]) == [
-        (b"message_start", b'{"type":"message_start"}'),
-        (b"ping", b'{"type":"ping"}'),
-        (b"content_block_delta", b'{"type":"content_block_delta","delta":{"text":"a"}}'),
-        (b"error", b'{"type":"error"}'),
+        b'{"type":"message_start"}',
+        b'{"type":"ping"}',
+        b'{"type":"content_block_delta","delta":{"text":"a"}}',
+        b'{"type":"error"}',
     ]
-    assert flat([LINES]) == [(b"", b""), (b"", b"a\n\n b"), (b"", b"x"), (b"", b"z")]
+    assert flat([LINES]) == [b"", b"a\n\n b", b"x", b"z"]
 
 
 def test_each_step_gives_all_that_its_chunk_completed() -> None:
     chunks = [b"data: 1\n\ndata: 2\n\nda", b"ta: 3", b"\n", b"\ndata: 4\n\n"]
 
-    assert [[event.data for event in step] for step in server_events(chunks)] == [[b"1", b"2"], [b"3", b"4"]]
+    assert steps(chunks) == [[b"1", b"2"], [], [], [b"3", b"4"]]
 
 
 def test_an_event_that_the_end_cuts_off_is_none() -> None:
-    assert flat([b"data: 1\n\ndata: 2\n"]) == [(b"", b"1")]
-    assert flat([b"data: 1\n\ndata: 2"]) == [(b"", b"1")]
+    assert flat([b"data: 1\n\ndata: 2\n"]) == [b"1"]
+    assert flat([b"data: 1\n\ndata: 2"]) == [b"1"]
 
 
 @EXAMPLES
@@ -117,10 +112,8 @@ def test_any_stream_in_any_pieces_is_read_as_an_independent_decoder_reads_it(par
 
     events = flat(stream[begin:stop] for begin, stop in itertools.pairwise(places))
 
-    expected = [(event.event, event.data) for event in EventSource(response).iter_sse()]
-    assert [(event.name.decode() or "message", event.data.decode()) for event in events if event.data] == [
-        (name, data) for name, data in expected if data
-    ]
+    expected = [event.data for event in EventSource(response).iter_sse() if event.data]
+    assert [data.decode() for data in events if data] == expected
 
 
 # ---- A provider's JSON ----
@@ -178,7 +171,7 @@ def test_what_is_no_such_json_is_malformed(data: bytes) -> None:
     ],
 )
 def test_an_error_event_is_named_by_its_words_and_quoted_only_in_the_log(error: object, code: str, words: list[str]) -> None:
-    failed = failures.error_event(error, call())
+    failed = failures.error_event(error, Call(Request("Hello", "m", "m", "openai"), "m"))
 
     assert (failed.code, failed.log_detail["provider_error"]) == (code, words)
     assert "secret" not in failed.message + str(failed.log_detail)

@@ -16,9 +16,10 @@ from gevent.pool import Pool
 from aistream.config import Config
 from aistream.endpoints import Endpoint
 from aistream.errors import Fault, InvalidRequest, ProviderFailed
+from aistream.events import End
 from aistream.providers import failures
 from aistream.providers.adaptation import Adaptations
-from aistream.providers.base import Call, Events, Provider
+from aistream.providers.base import Call, Provider, Say
 from aistream.providers.bulkhead import Bulkhead
 from aistream.providers.echo import EchoProvider
 from aistream.session import Request, Route
@@ -105,9 +106,9 @@ class Providers:
         """Whether there is such a provider; a session may be older than the configuration."""
         return name in self._served
 
-    def stream(self, route: Route, request: Request, call: Call) -> Events:
-        """The answer of this model: see `Provider.stream`."""
-        return self[route.provider].stream(request, route.model, call)
+    def answer(self, route: Route, request: Request, call: Call, say: Say) -> End:
+        """The answer of this model: see `Provider.answer`."""
+        return self[route.provider].answer(request, route.model, call, say)
 
     def first_token_seconds(self, route: Route, request: Request) -> float:
         """How long this model may take for its first token."""

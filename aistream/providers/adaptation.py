@@ -10,7 +10,8 @@ from typing import Any
 from aistream import telemetry
 from aistream.endpoints import Endpoint
 from aistream.errors import ProviderFailed
-from aistream.providers.base import Call, Events
+from aistream.events import End
+from aistream.providers.base import Call
 
 #: Seconds for which a lesson holds: an organisation is verified, a server updated, and the parameter is tried again.
 FORGET = 3_600.0
@@ -27,11 +28,11 @@ class Adaptations:
         model: str,
         call: Call,
         body: Callable[[frozenset[str]], dict[str, Any]],
-        answer: Callable[[dict[str, Any]], Events],
-    ) -> Events:
+        answer: Callable[[dict[str, Any]], End],
+    ) -> End:
         """The answer to a request that is made once more without what the model refuses, until that is not the reason any more.
 
-        `body` gives the request without these parameters, `answer` what comes of it. Raises ProviderFailed.
+        `body` gives the request without these parameters, `answer` says what comes of it. Raises ProviderFailed.
         """
         refused = self.of(endpoint.base_url, model)
         while True:
@@ -40,8 +41,7 @@ class Adaptations:
             call.requests += 1
             call.refused = False
             try:
-                yield from answer(asked)
-                return
+                return answer(asked)
             except ProviderFailed as failed:
                 # What was not sent cannot be the reason.
                 named = [name for name in failed.parameters if name in asked]

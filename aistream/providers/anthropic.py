@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -10,11 +9,10 @@ import anthropic
 import msgspec
 
 from aistream.endpoints import Endpoint
-from aistream.errors import ProviderFailed
 from aistream.events import End, Usage
 from aistream.providers import failures, wire
 from aistream.providers.adaptation import Adaptations
-from aistream.providers.base import Call, Events, limited, parameters, pieces, said
+from aistream.providers.base import Call, Say, limited, parameters, say_whole
 from aistream.providers.translation import translated
 from aistream.session import Message, Request
 
@@ -131,10 +129,14 @@ class AnthropicProvider:
         with translated(call, anthropic.APIStatusError, anthropic.APIConnectionError):
             return [model.id for model in self._client.models.list(limit=1000, timeout=timeout).data]
 
-    def stream(self, request: Request, model: str, call: Call) -> Events:
-        """See `Provider.stream`."""
+    def answer(self, request: Request, model: str, call: Call, say: Say) -> End:
+        """See `Provider.answer`."""
         return self._adaptations.adapted(
-            self.endpoint, model, call, lambda refused: self._body(request, model, refused), lambda body: self._answer(body, call)
+            self.endpoint,
+            model,
+            call,
+            lambda refused: self._body(request, model, refused),
+            lambda body: self._answer(body, call, say),
         )
 
     def _body(self, request: Request, model: str, refused: frozenset[str]) -> dict[str, Any]:
@@ -159,12 +161,12 @@ class AnthropicProvider:
             "stream": True,
         } | {name: value for name, value in given.items() if value is not None and name not in refused}
 
-    def _answer(self, body: dict[str, Any], call: Call) -> Events:
+    def _answer(self, body: dict[str, Any], call: Call, say: Say) -> End:
         with translated(call, anthropic.APIStatusError, anthropic.APIConnectionError):
             create = self._client.messages.with_streaming_response.create
             # As for OpenAI: typed parameters are walked by their annotations, extra_body is merged as it is.
             with create(model=call.model, max_tokens=1, messages=[], stream=True, extra_body=body) as response:
-                yield from wire.read(response, call, _whole, _events)
+                return wire.read(response, _Reading(call), _whole, say)
 
 
 def _merged(turns: list[Message]) -> list[dict[str, str]]:
@@ -197,50 +199,53 @@ def _thinking(effort: str | None) -> dict[str, Any]:
     }
 
 
-def _events(chunks: Iterator[bytes], call: Call) -> Events:
-    stop_reason = None
-    stopped = False
-    started = _Usage()
-    for batch in wire.server_events(chunks, call):
-        text, reasoning = "", ""
-        for server_event in batch:
-            try:
-                event = wire.decode(server_event.data, _event)
-            except ProviderFailed:
-                yield from said(text, reasoning)
-                raise
-            match event.type:
-                case "content_block_delta" if event.delta is not None:
-                    text += event.delta.text or ""
-                    reasoning += event.delta.thinking or ""
-                case "content_block_start" if event.content_block is not None:
-                    # Some models do not show their thoughts: then nothing but pings follows until they write.
-                    call.thinks = call.thinks or event.content_block.type in _THINKING
-                case "message_start" if event.message is not None:
-                    call.model = event.message.model or call.model
-                    started = event.message.usage or started
-                    # Its `output_tokens` is a placeholder: only message_delta's, which is cumulative, is a figure.
-                    call.input = _usage(started, _Usage()) if event.message.usage is not None else None
-                case "message_delta":
-                    stop_reason = (event.delta.stop_reason if event.delta else None) or stop_reason
-                    if event.usage is not None and event.usage.output_tokens is not None:
-                        call.usage = _usage(started, event.usage)
-                case "message_stop":
-                    stopped = True
-                case "error":
-                    yield from said(text, reasoning)
-                    if not failures.filtered(event.error):
-                        raise failures.error_event(event.error, call)
-                    # OpenAI ends such an answer with this finish reason; Anthropic has an error event for it.
-                    yield End("content_filter")
-                    return
-        yield from said(text, reasoning)
-    if not stopped:
-        raise failures.failed(failures.TRUNCATED)
-    yield from _end(stop_reason, call)
+class _Reading(wire.Reading):
+    """An answer in events of a message."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call)
+        self._stop_reason: str | None = None
+        self._stopped = False
+        self._started = _Usage()
+
+    def take(self, data: bytes) -> None:
+        """See `wire.Reading.take`."""
+        event = wire.decode(data, _event)
+        match event.type:
+            case "content_block_delta" if event.delta is not None:
+                self.text += event.delta.text or ""
+                self.reasoning += event.delta.thinking or ""
+            case "content_block_start" if event.content_block is not None:
+                # Some models do not show their thoughts: then nothing but pings follows until they write.
+                self.call.thinks = self.call.thinks or event.content_block.type in _THINKING
+            case "message_start" if event.message is not None:
+                self._start(event.message)
+            case "message_delta":
+                self._stop_reason = (event.delta.stop_reason if event.delta else None) or self._stop_reason
+                if event.usage is not None and event.usage.output_tokens is not None:
+                    self.call.usage = _usage(self._started, event.usage)
+            case "message_stop":
+                self._stopped = True
+            case "error":
+                if not failures.filtered(event.error):
+                    raise failures.error_event(event.error, self.call)
+                # OpenAI ends such an answer with this finish reason; Anthropic has an error event for it.
+                self.ending = End("content_filter")
+
+    def _start(self, message: _Message) -> None:
+        self.call.model = message.model or self.call.model
+        self._started = message.usage or self._started
+        # Its `output_tokens` is a placeholder: only message_delta's, which is cumulative, is a figure.
+        self.call.input = _usage(self._started, _Usage()) if message.usage is not None else None
+
+    def end(self) -> End:
+        """See `wire.Reading.end`."""
+        if not self._stopped:
+            raise failures.failed(failures.TRUNCATED)
+        return _end(self._stop_reason)
 
 
-def _whole(body: bytes, call: Call) -> Events:
+def _whole(body: bytes, call: Call, say: Say) -> End:
     """The answer of a server that does not stream."""
     message = wire.decode(body, _message)
     if message.error is not None:
@@ -249,16 +254,14 @@ def _whole(body: bytes, call: Call) -> Events:
         raise failures.failed(failures.MALFORMED, content_type="application/json")
     call.model = message.model or call.model
     call.usage = _usage(_Usage(), message.usage) if message.usage is not None else None
-    yield from pieces(
-        "".join(block.text or "" for block in message.content), "".join(block.thinking or "" for block in message.content)
+    say_whole(
+        say, "".join(block.thinking or "" for block in message.content), "".join(block.text or "" for block in message.content)
     )
-    yield from _end(message.stop_reason, call)
+    return _end(message.stop_reason)
 
 
-def _end(stop_reason: str | None, call: Call) -> Iterator[Usage | End]:
-    if call.usage is not None:
-        yield call.usage
-    yield End(_FINISH.get(stop_reason or "", stop_reason or "stop"))
+def _end(stop_reason: str | None) -> End:
+    return End(_FINISH.get(stop_reason or "", stop_reason or "stop"))
 
 
 def _usage(started: _Usage, final: _Usage) -> Usage:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from aistream.endpoints import Endpoint
@@ -16,12 +16,12 @@ MAX_TOKENS = 4_096
 PIECE = 64
 
 
-#: What a provider says, to its `End`.
-Events = Generator[Text | Reasoning | Usage | End, None, None]
+#: Takes what a provider says, in the order in which it says it, while it says it. What it raises ends the answer.
+Say = Callable[[Text | Reasoning | Usage], None]
 
 
 class Call:
-    """A mutable note about one call of a provider, which its iterator fills in as it learns, and the generation reads.
+    """A mutable note about one call of a provider, which the provider fills in as it learns, and the generation reads.
 
     `model`: what the provider calls the one that answers. `secret`: the key, which no log may show. `answered`: its answer has
     begun (status and headers are there). `refused`: it was turned away, or never reached anybody, so nobody bills it. `whole`:
@@ -77,11 +77,11 @@ class Provider(Protocol):
         """What of the request does not go to this provider, or not as it stands, in words for the workflow's author."""
         ...
 
-    def stream(self, request: Request, model: str, call: Call) -> Events:
-        """The answer as it is written: each step takes all that has arrived, so that batching grows with load.
+    def answer(self, request: Request, model: str, call: Call, say: Say) -> End:
+        """Has the model write its answer, and says it meanwhile; gives how it ended.
 
-        The last event is `End`; raises ProviderFailed where it does not come to that. Closing the iterator closes the
-        connection to the provider.
+        Each step takes all that has arrived and says it as one event, so that batching grows with load. Raises ProviderFailed
+        where it does not come to an end. Whatever is thrown into its greenlet closes the connection to the provider.
         """
         ...
 
@@ -131,16 +131,16 @@ def limited(request: Request, endpoint: Endpoint) -> list[str]:
     return [f"max_tokens is {request.max_tokens}: limited to {limit} for {endpoint.name}"]
 
 
-def said(text: str, reasoning: str) -> Iterator[Text | Reasoning]:
-    """The events of one step: thought comes before word, and an empty one is none."""
+def say_step(say: Say, reasoning: str, text: str) -> None:
+    """Says what one step brought: thought comes before word, and an empty one is none."""
     if reasoning:
-        yield Reasoning(reasoning)
+        say(Reasoning(reasoning))
     if text:
-        yield Text(text)
+        say(Text(text))
 
 
-def pieces(text: str, reasoning: str) -> Iterator[Text | Reasoning]:
-    """An answer that came whole, in the pieces of a stream."""
+def say_whole(say: Say, reasoning: str, text: str) -> None:
+    """Says an answer that came whole, in the pieces of a stream."""
     for kind, whole in ((Reasoning, reasoning), (Text, text)):
         for start in range(0, len(whole), PIECE):
-            yield kind(whole[start : start + PIECE])
+            say(kind(whole[start : start + PIECE]))

@@ -9,7 +9,7 @@ import gevent
 
 from aistream.endpoints import Endpoint
 from aistream.events import End, Text, Usage
-from aistream.providers.base import Call, Events, parameters
+from aistream.providers.base import Call, Say, parameters
 from aistream.session import Request
 
 #: Seconds before each word: about the pace of a large model.
@@ -33,8 +33,8 @@ class EchoProvider:
         """See `Provider.models`."""
         return ["echo"]
 
-    def stream(self, request: Request, model: str, call: Call) -> Events:
-        """The prompt's words, at an even pace."""
+    def answer(self, request: Request, model: str, call: Call, say: Say) -> End:
+        """Says the prompt's words, at an even pace."""
         call.requests += 1
         limit = parameters(request, self.endpoint).max_tokens
         text = request.prompt
@@ -45,9 +45,9 @@ class EchoProvider:
         for word in words[:limit]:
             gevent.sleep(PACE)
             call.heard_at = time.monotonic()
-            yield Text(word)
-        yield Usage(sum(len(_WORDS.findall(text)) for text in request.texts()), min(len(words), limit))
-        yield End("length" if len(words) > limit else "stop")
+            say(Text(word))
+        say(Usage(sum(len(_WORDS.findall(text)) for text in request.texts()), min(len(words), limit)))
+        return End("length" if len(words) > limit else "stop")
 
     def warm_up(self) -> None:
         """Nothing to do."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit
@@ -11,11 +10,10 @@ import msgspec
 import openai
 
 from aistream.endpoints import Endpoint
-from aistream.errors import ProviderFailed
 from aistream.events import End, Usage
 from aistream.providers import failures, wire
 from aistream.providers.adaptation import Adaptations
-from aistream.providers.base import Call, Events, limited, parameters, pieces, said
+from aistream.providers.base import Call, Say, limited, parameters, say_whole
 from aistream.providers.translation import translated
 from aistream.session import Request
 
@@ -115,10 +113,14 @@ class OpenAIProvider:
         with translated(call, openai.APIStatusError, openai.APIConnectionError):
             return [model.id for model in self._client.models.list(timeout=timeout).data]
 
-    def stream(self, request: Request, model: str, call: Call) -> Events:
-        """See `Provider.stream`."""
+    def answer(self, request: Request, model: str, call: Call, say: Say) -> End:
+        """See `Provider.answer`."""
         return self._adaptations.adapted(
-            self.endpoint, model, call, lambda refused: self._body(request, model, refused), lambda body: self._answer(body, call)
+            self.endpoint,
+            model,
+            call,
+            lambda refused: self._body(request, model, refused),
+            lambda body: self._answer(body, call, say),
         )
 
     def _body(self, request: Request, model: str, refused: frozenset[str]) -> dict[str, Any]:
@@ -140,7 +142,7 @@ class OpenAIProvider:
             "messages": [*system, *({"role": m.role, "content": m.content} for m in request.conversation())],
         } | {name: value for name, value in given.items() if name and value is not None and name not in refused}
 
-    def _answer(self, body: dict[str, Any], call: Call) -> Events:
+    def _answer(self, body: dict[str, Any], call: Call, say: Say) -> End:
         streamed = "stream" in body
         # An organisation that is not verified may not stream some models: then the whole answer is waited for.
         call.whole = not streamed
@@ -149,45 +151,53 @@ class OpenAIProvider:
             # All in extra_body, which is merged over the rest: the SDK walks typed parameters by their annotations, for a
             # quarter of a request's CPU.
             with create(model=call.model, messages=[], stream=streamed, extra_body=body) as response:
-                yield from wire.read(response, call, _whole, _events)
+                return wire.read(response, _Reading(call), _whole, say)
 
 
-def _events(chunks: Iterator[bytes], call: Call) -> Events:
-    finish_reason = None
-    refused = False
-    for batch in wire.server_events(chunks, call):
-        text, reasoning = "", ""
-        for event in batch:
-            if event.data == b"[DONE]":
-                continue  # not every compatible server sends it: the finish reason is the mark of an end
-            try:
-                chunk = wire.decode(event.data, _chunk)
-            except ProviderFailed:
-                yield from said(text, reasoning)
-                raise
-            if chunk.error is not None:
-                yield from said(text, reasoning)
-                raise failures.error_event(chunk.error, call)
-            if chunk.model:
-                call.model = chunk.model
-            if chunk.usage is not None:  # the last chunk's; some servers send what it is so far with each
-                call.usage = _usage(chunk.usage)
-            for choice in (chunk.choices or ())[:1]:
-                finish_reason = choice.finish_reason or finish_reason
-                delta = choice.delta
-                if delta is not None:
-                    if isinstance(delta.content, list):
-                        thought, word = _parts(delta.content)
-                        reasoning, text = reasoning + thought, text + word
-                    else:
-                        text += delta.content or delta.refusal or ""
-                    refused = refused or bool(delta.refusal)
-                    reasoning += delta.reasoning_content or delta.reasoning or ""
-        yield from said(text, reasoning)
-    yield from _end(finish_reason, refused, call)
+class _Reading(wire.Reading):
+    """An answer in chunks of a chat completion."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call)
+        self._finish_reason: str | None = None
+        self._refused = False
+
+    def take(self, data: bytes) -> None:
+        """See `wire.Reading.take`."""
+        if data == b"[DONE]":
+            return  # not every compatible server sends it: the finish reason is the mark of an end
+        chunk = wire.decode(data, _chunk)
+        if chunk.error is not None:
+            raise failures.error_event(chunk.error, self.call)
+        if chunk.model:
+            self.call.model = chunk.model
+        if chunk.usage is not None:  # the last chunk's; some servers send what it is so far with each
+            self.call.usage = _usage(chunk.usage)
+        if chunk.choices:
+            choice = chunk.choices[0]
+            self._finish_reason = choice.finish_reason or self._finish_reason
+            if choice.delta is not None:
+                self._take_delta(choice.delta)
+
+    def _take_delta(self, delta: _Delta) -> None:
+        if isinstance(delta.content, list):
+            thought, word = _parts(delta.content)
+            self.reasoning += thought
+            self.text += word
+        elif delta.content:
+            self.text += delta.content
+        elif delta.refusal:
+            self.text += delta.refusal
+        if delta.refusal:
+            self._refused = True
+        self.reasoning += delta.reasoning_content or delta.reasoning or ""
+
+    def end(self) -> End:
+        """See `wire.Reading.end`."""
+        return _end(self._finish_reason, self._refused)
 
 
-def _whole(body: bytes, call: Call) -> Events:
+def _whole(body: bytes, call: Call, say: Say) -> End:
     answer = wire.decode(body, _chunk)
     if answer.error is not None:
         raise failures.error_event(answer.error, call)
@@ -196,19 +206,17 @@ def _whole(body: bytes, call: Call) -> Events:
     call.model = answer.model or call.model
     call.usage = _usage(answer.usage) if answer.usage is not None else None
     thought, word = _parts(message.content)
-    yield from pieces(word or message.refusal or "", thought or message.reasoning_content or message.reasoning or "")
-    yield from _end(answer.choices[0].finish_reason, bool(message.refusal), call)
+    say_whole(say, thought or message.reasoning_content or message.reasoning or "", word or message.refusal or "")
+    return _end(answer.choices[0].finish_reason, bool(message.refusal))
 
 
-def _end(finish_reason: str | None, refused: bool, call: Call) -> Iterator[Usage | End]:
+def _end(finish_reason: str | None, refused: bool) -> End:
     if finish_reason is None:
         # The SDK raises nothing where a stream just ends.
         raise failures.failed(failures.TRUNCATED)
     if finish_reason in _BROKEN:
         raise failures.failed(failures.UNAVAILABLE, finish_reason=finish_reason)
-    if call.usage is not None:
-        yield call.usage
-    yield End("refusal" if refused else _FINISH.get(finish_reason, finish_reason))
+    return End("refusal" if refused else _FINISH.get(finish_reason, finish_reason))
 
 
 def _parts(content: str | list[_Part] | None) -> tuple[str, str]:

@@ -9,17 +9,18 @@ from __future__ import annotations
 import json
 import select
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import httpcore2._utils
 import httpx2
 import msgspec
 from gevent import monkey
 
+from aistream.events import End
 from aistream.providers import transport
-from aistream.providers.base import Call, Events
+from aistream.providers.base import Call, Say, say_step
 from aistream.providers.failures import MALFORMED, failed
 
 T = TypeVar("T")
@@ -45,72 +46,109 @@ def http_client(kind: type[httpx2.Client], choice: str) -> httpx2.Client:
     return transport.client(kind, TIMEOUT, LIMITS)
 
 
-def read(
-    response: Any,
-    call: Call,
-    whole: Callable[[bytes, Call], Events],
-    events: Callable[[Iterator[bytes], Call], Events],
-) -> Events:
+class Reading:
+    """One answer, as its provider's events say it."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        #: What the events of this step have said so far.
+        self.text = ""
+        self.reasoning = ""
+        #: It is over before the stream is.
+        self.ending: End | None = None
+
+    def take(self, data: bytes) -> None:
+        """Takes the data of one event. Raises ProviderFailed."""
+        raise NotImplementedError
+
+    def end(self) -> End:
+        """How it ended, when the stream has. Raises ProviderFailed where it has not."""
+        raise NotImplementedError
+
+
+def read(response: Any, reading: Reading, whole: Callable[[bytes, Call, Say], End], say: Say) -> End:
     """The answer in an SDK's raw response: a stream, or one piece of JSON, also of a server that was asked for a stream.
 
     Raises ProviderFailed, also for a page of HTML: the login of a captive portal, or an address that is not an API's. Both SDKs
     take it for a stream without events.
     """
+    call = reading.call
     call.answered = True
     kind = response.headers.get("content-type", "")
     if kind.startswith("text/html"):
         raise failed(MALFORMED, content_type="text/html")
-    yield from whole(response.read(), call) if kind.startswith("application/json") else events(_chunks(response), call)
+    if kind.startswith("application/json"):
+        ending = whole(response.read(), call, say)
+    else:
+        _read(_chunks(response), reading, say)
+        if reading.ending is not None:
+            return reading.ending  # cut off: what is known of the usage is not all of it
+        ending = reading.end()
+    if call.usage is not None:
+        say(call.usage)
+    return ending
 
 
-def _chunks(response: Any) -> Iterator[bytes]:
+def _read(chunks: Iterable[bytes], reading: Reading, say: Say) -> None:
+    """Said, and not yielded: each generator between a greenlet and its wait lies on the stack that its switches copy."""
+    call, take, events = reading.call, reading.take, ServerEvents()
+    for chunk in chunks:
+        call.heard_at = time.monotonic()
+        try:
+            for data in events.feed(chunk):
+                take(data)
+        finally:  # also what was said before nonsense in the same step
+            if reading.text or reading.reasoning:
+                text, reasoning = reading.text, reading.reasoning
+                reading.text = reading.reasoning = ""
+                say_step(say, reasoning, text)
+        if reading.ending is not None:
+            return
+
+
+def _chunks(response: Any) -> Iterable[bytes]:
     """The bytes as they arrive: past httpx2's layers, where nothing is to be decoded and the transport is ours."""
     body: Iterable[bytes] | None = response.http_response.extensions.get(transport.BODY)
     if body is None or "content-encoding" in response.headers:
         return response.iter_bytes()  # type: ignore[no-any-return]
-    return iter(body)
+    return body
 
 
-class ServerEvent(NamedTuple):
-    """One server-sent event of a provider: its name (`b""` when it has none) and its data."""
+class ServerEvents:
+    """The server-sent events in a byte stream: their data alone, since what their names say stands in it too."""
 
-    name: bytes
-    data: bytes
+    __slots__ = ("_rest",)
 
+    def __init__(self) -> None:
+        self._rest = b""
 
-def server_events(chunks: Iterable[bytes], call: Call) -> Iterator[list[ServerEvent]]:
-    """The events in a byte stream, for each chunk those that it completed. Chunks may be cut anywhere.
+    def feed(self, chunk: bytes) -> list[bytes]:
+        """The events that this chunk completes. Chunks may be cut anywhere.
 
-    `call` notes when anything was heard, be it a comment. An event that the end of the stream cuts off is discarded (WHATWG
-    9.2.6).
-    """
-    rest = b""
-    for chunk in chunks:
-        call.heard_at = time.monotonic()
-        data = rest + chunk if rest else chunk
+        An event that the end of the stream cuts off is discarded (WHATWG 9.2.6).
+        """
+        data = self._rest + chunk if self._rest else chunk
+        if data.startswith(b"data: ") and data.endswith(b"\n\n") and data.count(b"\n") == 2 and b"\r" not in data:
+            self._rest = b""
+            return [data[6:-2]]  # one whole event and nothing else: servers send a token so
         if b"\r" in data:
             # JSON holds no bare CR or LF, so these are line ends; the LF of a last CR may still be on its way.
             held = b"\r" if data.endswith(b"\r") else b""
             data = data[: len(data) - len(held)].replace(b"\r\n", b"\n").replace(b"\r", b"\n") + held
         blocks = data.split(b"\n\n")
-        rest = blocks.pop()
-        events = [event for event in map(_event, blocks) if event is not None]
-        if events:
-            yield events
+        self._rest = blocks.pop()
+        return [found for found in map(_data, blocks) if found is not None]
 
 
-def _event(block: bytes) -> ServerEvent | None:
+def _data(block: bytes) -> bytes | None:
     if block.startswith(b"data: ") and b"\n" not in block:
-        return ServerEvent(b"", block[6:])
-    name, data = b"", []
+        return block[6:]
+    lines = []
     for line in block.split(b"\n"):
         field, _, value = line.partition(b":")
-        value = value.removeprefix(b" ")
         if field == b"data":
-            data.append(value)
-        elif field == b"event":
-            name = value
-    return ServerEvent(name, b"\n".join(data)) if data else None
+            lines.append(value.removeprefix(b" "))
+    return b"\n".join(lines) if lines else None
 
 
 def decode(data: bytes, decoder: msgspec.json.Decoder[T]) -> T:
