@@ -44,13 +44,13 @@ class Start(msgspec.Struct, frozen=True, tag_field="type", tag="start", rename={
     provider: str
 
 
-class Text(msgspec.Struct, frozen=True, tag_field="type", tag="text"):
+class Text(msgspec.Struct, frozen=True, gc=False, tag_field="type", tag="text"):
     """A piece of the answer, as the provider wrote it."""
 
     text: str
 
 
-class Reasoning(msgspec.Struct, frozen=True, tag_field="type", tag="reasoning"):
+class Reasoning(msgspec.Struct, frozen=True, gc=False, tag_field="type", tag="reasoning"):
     """What the model thinks aloud: never part of the answer."""
 
     text: str

@@ -10,6 +10,8 @@ from __future__ import annotations
 import socket
 from typing import Any
 
+import gevent.socket
+
 #: Flags of a look at what has arrived, which neither waits nor takes it. A constant: the two enums' `|` costs 2 µs.
 PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 #: Most bytes taken by one call.
@@ -23,7 +25,18 @@ def send(sock: Any, data: bytes) -> None:
     except BlockingIOError:
         sent = 0
     if sent < len(data):
-        sock.sendall(memoryview(data)[sent:])
+        gevent.socket.socket.sendall(sock, memoryview(data)[sent:])
+
+
+class Socket(gevent.socket.socket):
+    """gevent's, whose `sendall` is `send`."""
+
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        """See `send`; with flags as gevent does it."""
+        if flags:
+            super().sendall(data, flags)
+        else:
+            send(self, data)
 
 
 def receive(sock: Any) -> bytes:

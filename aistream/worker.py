@@ -19,6 +19,8 @@ from gevent.server import StreamServer
 from gunicorn.workers.ggevent import GeventWorker  # type: ignore[import-untyped]
 
 from aistream import kernel_limits
+from aistream.polling import Polling
+from aistream.sockets import Socket
 
 #: Seconds between two looks of a worker that drains at whether a new connection waits.
 RELUCTANCE = 0.25
@@ -41,9 +43,16 @@ class Listener(StreamServer):
     _said_at = -REMINDER
 
     def do_read(self) -> Any:
-        """One new connection, or None: there is none, or no file descriptor for it. Then it waits with the kernel."""
+        """One new connection, or None: there is none, or no file descriptor for it. Then it waits with the kernel.
+
+        As gevent's own, but for the kind of socket.
+        """
+        sock: Any = self.socket
         try:
-            return super().do_read()
+            descriptor, address = sock._accept()
+            return Socket(sock.family, sock.type, sock.proto, fileno=descriptor), address
+        except BlockingIOError:
+            return None
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
@@ -107,6 +116,7 @@ class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
             for short in kernel_limits.shortages(asked, limit, self.cfg.backlog, self.cfg.workers):
                 level = "debug" if config.dev_mode else "warning" if short.warns else "info"
                 getattr(_lines(), level)(short.event, **short.facts)
+        Polling().start()
         super().run()
 
     def server_class(self, sock: Any, *, spawn: Any, **_: Any) -> Listener:
