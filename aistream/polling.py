@@ -33,7 +33,8 @@ class Polling:
         self._polled_at = 0.0
         self._since = 0.0
         self._polls = 0
-        self._busy = False
+        #: Whether it pauses before its polls.
+        self.busy = False
 
     def start(self) -> None:
         """From now on."""
@@ -48,10 +49,10 @@ class Polling:
         now = time.monotonic()
         self._polls += 1
         if now - self._since >= WINDOW:
-            enough = STAYS if self._busy else BUSY
-            self._busy = self._polls >= enough and now - self._since < 2 * WINDOW
+            enough = STAYS if self.busy else BUSY
+            self.busy = self._polls >= enough and now - self._since < 2 * WINDOW
             self._since, self._polls = now, 0
-        if self._busy and now - self._polled_at < INTERVAL:
+        if self.busy and now - self._polled_at < INTERVAL:
             _sleep(self._polled_at + INTERVAL - now)
             now = time.monotonic()
         self._polled_at = now

@@ -1,7 +1,9 @@
 """GET /stream/<id>: who may watch, what a viewer gets, and what it is told when there is nothing to watch."""
 
+import socket
 import time
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 import gevent
 import httpx
@@ -290,6 +292,65 @@ def test_a_viewer_that_left_is_noticed_at_once(service: Service, provider: Provi
     # Heartbeats come every 15 s: only the watcher on the socket can have told.
     assert time.monotonic() - began < 5 and service.lines("viewer.left")[-1]["gone"] is True
     provider.release()
+
+
+def raw(url: str, version: str, read: Callable[[socket.socket], bytes]) -> bytes:
+    """What a client with a small buffer gets, head and all, by this version of HTTP; `read` reads it."""
+    address = urlsplit(url)
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect((address.hostname, address.port))
+        asked = f"GET {address.path}?{address.query} HTTP/{version}\r\nHost: x\r\nConnection: close\r\n"
+        client.sendall(f"{asked}Accept: text/event-stream\r\n\r\n".encode())
+        return read(client)
+
+
+def to_the_end(client: socket.socket) -> bytes:
+    """All that comes."""
+    return b"".join(iter(lambda: client.recv(65_536), b""))
+
+
+def unchunked(body: bytes) -> bytes:
+    """The body that these chunks carry (RFC 9112 7.1). Each chunk must be whole."""
+    whole, rest = b"", body
+    while True:
+        size, _, rest = rest.partition(b"\r\n")
+        count = int(size, 16)
+        assert rest[count : count + 2] == b"\r\n"
+        if not count:
+            assert rest == b"\r\n"
+            return whole
+        whole, rest = whole + rest[:count], rest[count + 2 :]
+
+
+def test_a_client_that_takes_its_time_gets_each_byte_once(service: Service, n8n: Receiver) -> None:
+    # More than all buffers on the way hold.
+    url = service.stream_url(model="gpt-test-big-b1500-i401", resumeUrl=n8n.url())
+
+    def slowly(client: socket.socket) -> bytes:
+        got = client.recv(4096)
+        gevent.sleep(2.5)  # it stands still
+        while piece := client.recv(4096):
+            got += piece
+        return got
+
+    reading = gevent.spawn(raw, url, "1.1", slowly)
+    beside = service.read(url)
+    head, _, body = reading.get(timeout=60).partition(b"\r\n\r\n")
+
+    (callback,) = n8n.wait_for(1)
+    assert b"transfer-encoding: chunked" in head.lower()
+    assert unchunked(body) == sse(url)
+    assert text_of(beside) == callback.json["answer"]
+
+
+def test_a_client_of_http_1_0_gets_the_same_bytes_without_chunks(service: Service) -> None:
+    url = service.stream_url(model="gpt-test-long-n20-d20-i402")
+
+    head, _, body = raw(url, "1.0", to_the_end).partition(b"\r\n\r\n")
+
+    assert b"transfer-encoding" not in head.lower()
+    assert body == sse(url)
 
 
 def test_a_receiver_that_hangs_delays_neither_streams_nor_other_callbacks(service: Service, n8n: Receiver) -> None:
