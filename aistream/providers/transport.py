@@ -20,6 +20,7 @@ from typing import Any
 import gevent
 import gevent.socket
 import httpx2
+from gevent import monkey
 from gevent.event import AsyncResult
 from httpx2._utils import get_environment_proxies
 
@@ -44,6 +45,8 @@ _OPTIONS = [
         if hasattr(socket, name)
     ),
 ]
+
+_getaddrinfo = monkey.get_original("socket", "getaddrinfo")
 
 #: Scheme, host and port.
 Origin = tuple[str, str, int]
@@ -154,8 +157,8 @@ def _connected(host: str, port: int, timeout: float | None) -> Any:
 
 def _addresses(host: str, port: int) -> list[Any]:
     try:
-        # Of a number nobody is asked, so it takes no place among the resolver's ten threads.
-        return list(gevent.socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST))
+        # Of a number nobody is asked: it needs none of the ten threads in which gevent's resolver waits.
+        return list(_getaddrinfo(host, port, 0, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST))
     except socket.gaierror:
         return list(gevent.socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM))
 
