@@ -162,6 +162,7 @@ def test_what_a_provider_does_comes_to_what_the_table_says(runner: Runner, numbe
     assert seen.counted + seen.spare == expected_counts(expect, row.fallback) + tokens_of(callback)
 
 
+@pytest.mark.timeout(300)  # alone, the first one runs all rows three times
 @CELLS
 def test_all_ways_to_a_provider_come_to_the_same(run_over: Callable[[str], Runner], number: int, family: str) -> None:
     seen = [seen_by(run_over(way), number, family) for way in WAYS]

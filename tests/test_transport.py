@@ -19,8 +19,9 @@ import trustme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aistream.providers import http1, wire
+from aistream.providers import Providers, http1, wire
 from aistream.providers.transport import BODY, Body, Transport
+from tests.conftest import make_config
 from tests.neighbours.http1 import ClientGone, Connection, Request, Server
 from tests.service import wait_until
 
@@ -730,6 +731,17 @@ def test_a_connection_that_nobody_accepts_is_a_connect_timeout() -> None:
             assert [got(client, f"http://127.0.0.1:{port}/").error for client in clients] == [httpx2.ConnectTimeout] * 2
 
 
+def test_who_is_stopped_in_a_handshake_leaves_no_connection(client: httpx2.Client) -> None:
+    with listening() as (listener, port):
+        asking = gevent.spawn(got, client, f"https://127.0.0.1:{port}/")
+        with listener.accept()[0] as sock:
+            assert sock.recv(65536)
+
+            asking.kill()
+
+            assert sock.recv(65536) == b""
+
+
 def test_a_handshake_that_nobody_answers_is_a_connect_timeout() -> None:
     with listening() as (_, port), both(timeout=httpx2.Timeout(None, connect=0.1)) as clients:
         assert [got(client, f"https://127.0.0.1:{port}/").error for client in clients] == [httpx2.ConnectTimeout] * 2
@@ -930,6 +942,18 @@ def test_the_sdks_clients_follow_redirects_as_they_did(environment: Callable[...
     assert (response.status_code, response.content) == (200, TEXT)
     assert [(request.target, request.body) for request in peer.requests] == [("/v1", b"question"), ("/v2", b"question")]
     assert len(set(peer.ports)) == 1
+
+
+@pytest.mark.parametrize(("environ", "ours"), [({}, True), ({"PROVIDER_TRANSPORT": "httpx"}, False)])
+@pytest.mark.parametrize("name", ["openai", "anthropic"])
+def test_the_setting_chooses_the_transport(peer: Peer, name: str, environ: dict[str, str], ours: bool) -> None:
+    key, url = f"{name.upper()}_API_KEY", f"{name.upper()}_BASE_URL"
+    provider: Any = Providers(make_config(**{key: "k", url: peer.url}, **environ))[name]
+
+    provider.warm_up()
+
+    assert isinstance(provider._client._client._transport, Transport) == ours
+    provider.close()
 
 
 def test_an_authority_in_the_environment_is_trusted(

@@ -247,21 +247,26 @@ class Chunked:
 
     def feed(self, data: bytes) -> bytes:
         """See `Reader.feed`. What stands before a fault is given."""
-        if self._between:
-            # One whole chunk and nothing else: servers send a token so.
-            end = data.find(_CRLF)
-            size = data[:end]
-            if 0 < end <= _DIGITS and not size.strip(_HEX) and 0 < int(size, 16) == len(data) - end - 4 and data.endswith(_CRLF):
-                return data[end + 2 : -2]
-        if not data:
-            self._fail("the connection ended inside a chunked body")
-            return b""
-        return self._feed(self._rest + data)
-
-    def _feed(self, data: bytes) -> bytes:
         pieces: list[bytes] = []
-        place: int | None = 0
         at = 0
+        if self._between:
+            # Whole chunks: servers send each token as one, and under load several arrive at once.
+            while (end := data.find(_CRLF, at, at + _DIGITS + 2)) > at and not (size := data[at:end]).strip(_HEX):
+                start, stop = end + 2, end + 2 + int(size, 16)
+                if stop == start or data[stop : stop + 2] != _CRLF:
+                    break
+                pieces.append(data[start:stop])
+                at = stop + 2
+            if at and at == len(data):
+                return b"".join(pieces)
+        if data:
+            self._feed(self._rest + data, at, pieces)
+        else:
+            self._fail("the connection ended inside a chunked body")
+        return b"".join(pieces)
+
+    def _feed(self, data: bytes, at: int, pieces: list[bytes]) -> None:
+        place: int | None
         while not self.ended and (place := self._step(data, at, pieces)) is not None:
             at = place
         self._rest = data[at:]
@@ -269,7 +274,6 @@ class Chunked:
             self._fail("a line of a chunked body is too long")
         self.clean = self.ended and not self.fault and not self._rest
         self._between = self._step == self._size and not self._rest
-        return b"".join(pieces)
 
     def _fail(self, fault: str) -> None:
         self.ended, self.fault = True, fault

@@ -60,10 +60,14 @@ def client(kind: type[httpx2.Client], timeout: httpx2.Timeout, limits: httpx2.Li
     """
     context = httpx2.create_ssl_context()
     mounts = {
-        pattern: None if proxy is None else httpx2.HTTPTransport(proxy=proxy, verify=context, limits=limits)
+        pattern: None if proxy is None else _proxied(proxy, context, limits)
         for pattern, proxy in get_environment_proxies().items()
     }
     return kind(transport=Transport(context), mounts=mounts, timeout=timeout)
+
+
+def _proxied(proxy: str, context: ssl.SSLContext, limits: httpx2.Limits) -> httpx2.HTTPTransport:
+    return httpx2.HTTPTransport(proxy=proxy, verify=context, limits=limits, socket_options=_OPTIONS)
 
 
 class Transport(httpx2.BaseTransport):
@@ -123,7 +127,10 @@ class Transport(httpx2.BaseTransport):
 
     def _secured(self, sock: Any, host: str) -> Any:
         try:
-            return self._context.wrap_socket(sock, server_hostname=host)
+            # Not as a part of it: a greenlet that is stopped in the handshake would leave a socket that nobody closes.
+            sock = self._context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+            sock.do_handshake()
+            return sock
         except BaseException:
             sock.close()
             raise
