@@ -10,6 +10,7 @@ Whatever is thrown into a waiting greenlet (GreenletExit, a Timeout) closes its 
 
 from __future__ import annotations
 
+import errno
 import socket
 import ssl
 import time
@@ -25,6 +26,7 @@ from gevent.event import AsyncResult
 from httpx2._utils import get_environment_proxies
 
 from aistream.providers import http1
+from aistream.sockets import PEEK, RECEIVE
 
 #: Under which name a response has its `Body` among its extensions.
 BODY = "aistream.body"
@@ -32,8 +34,8 @@ BODY = "aistream.body"
 CONNECTIONS = 20_000
 IDLE = 100
 IDLE_SECONDS = 30.0
-#: Bytes that are asked of the kernel at once.
-_RECEIVED = 64 * 1024
+#: What a watcher waits for.
+_READ = 1
 #: A peer that vanished is noticed after six minutes: the Anthropic SDK's own setting (anthropic 2.12.0, `_base_client.py`), where
 #: the system has the names.
 _OPTIONS = [
@@ -173,7 +175,7 @@ def _addresses(host: str, port: int) -> list[Any]:
 class Connection:
     """One connection to a server. `until`: when it has waited long enough for a next request (`time.monotonic()`)."""
 
-    __slots__ = ("_plain", "_pool", "_readable", "_recv", "_sock", "_wait", "origin", "until")
+    __slots__ = ("_armed", "_parked", "_plain", "_pool", "_sock", "_switch", "_watcher", "origin", "until")
 
     def __init__(self, pool: _Pool, origin: Origin, sock: Any) -> None:
         self._pool = pool
@@ -181,9 +183,13 @@ class Connection:
         self.until = 0.0
         self._sock: Any = sock
         self._plain = sock._sock
-        self._wait = sock._wait
-        self._readable = sock._read_event
-        self._recv = sock.recv
+        hub = gevent.get_hub()
+        self._switch = hub.switch
+        #: Stays at work from one wait to the next, and wakes who waits by itself: gevent's own way starts and stops a watcher
+        #: for each wait (`python -m bench.waiting`).
+        self._watcher: Any = hub.loop.io(sock.fileno(), _READ)
+        self._armed = False
+        self._parked: Any = None
 
     def send(self, data: bytes, timeout: float | None) -> None:
         """Returns when the kernel has all of it. `timeout`: seconds until it takes some more. Raises WriteTimeout, WriteError."""
@@ -225,19 +231,53 @@ class Connection:
     def receive(self) -> bytes:
         """What has arrived, at least one byte, as soon as there is one; `b""` at the end. Raises ReadTimeout, ReadError."""
         try:
-            # First of all: a recv that finds nothing raises, and that costs more than the wait.
-            self._wait(self._readable)
-            return self._recv(_RECEIVED)  # type: ignore[no-any-return]
+            while True:
+                # First of all: a recv that finds nothing raises, and that costs more than the wait.
+                self._wait()
+                try:
+                    return self._plain.recv(RECEIVE)  # type: ignore[no-any-return]
+                except BlockingIOError:
+                    continue
         except TimeoutError as error:
             raise httpx2.ReadTimeout(str(error)) from error
         except OSError as error:
             raise httpx2.ReadError(str(error)) from error
 
+    def _wait(self) -> None:
+        """Returns when something may have arrived. Raises TimeoutError, and OSError where another greenlet closes it."""
+        if self._sock.timeout is not None:
+            self._sock._wait(self._sock._read_event)
+        elif self._plain is not None:
+            self._park()
+        if self._plain is None:
+            raise OSError(errno.EBADF, "the connection was closed")
+
+    def _park(self) -> None:
+        self._parked = gevent.getcurrent()
+        if not self._armed:
+            self._armed = True
+            self._watcher.start(self._wake)
+        try:
+            self._switch()
+        finally:
+            self._parked = None
+
+    def _wake(self) -> None:
+        """In the hub: there is something to read."""
+        if self._parked is None:
+            self._disarm()  # who reads is elsewhere, and would be called for again and again
+        else:
+            self._parked.switch()
+
+    def _disarm(self) -> None:
+        self._armed = False
+        self._watcher.stop()
+
     @property
     def alive(self) -> bool:
         """Whether the server has left it open, and has said nothing unasked."""
         try:
-            self._plain.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            self._plain.recv(1, PEEK)
         except BlockingIOError:
             return True
         except OSError:
@@ -246,14 +286,20 @@ class Connection:
 
     def keep(self) -> None:
         """Leaves it to the next request."""
+        self._disarm()
         self._pool.keep(self)
 
     def close(self) -> None:
         """For the first time it closes it; whoever waits in it gets a ReadError."""
-        if self._plain is not None:
-            self._plain = None
-            self._sock.close()
-            self._pool.leave()
+        if self._plain is None:
+            return
+        self._plain = None
+        self._disarm()
+        self._watcher.close()
+        if self._parked is not None:
+            gevent.get_hub().loop.run_callback(self._parked.switch)
+        self._sock.close()
+        self._pool.leave()
 
 
 class SecureConnection(Connection):
@@ -265,8 +311,8 @@ class SecureConnection(Connection):
         """See `Connection.receive`."""
         try:
             if not self._sock.pending():  # of a record that has been taken from the kernel
-                self._wait(self._readable)
-            return self._recv(_RECEIVED)  # type: ignore[no-any-return]
+                self._wait()
+            return self._sock.recv(RECEIVE)  # type: ignore[no-any-return]
         except TimeoutError as error:
             raise httpx2.ReadTimeout(str(error)) from error
         except OSError as error:
