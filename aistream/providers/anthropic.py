@@ -162,11 +162,11 @@ class AnthropicProvider:
         } | {name: value for name, value in given.items() if value is not None and name not in refused}
 
     def _answer(self, body: dict[str, Any], call: Call, say: Say) -> End:
-        with translated(call, anthropic.APIStatusError, anthropic.APIConnectionError):
-            create = self._client.messages.with_streaming_response.create
-            # As for OpenAI: typed parameters are walked by their annotations, extra_body is merged as it is.
-            with create(model=call.model, max_tokens=1, messages=[], stream=True, extra_body=body) as response:
-                return wire.read(response, _Reading(call), _whole, say)
+        with (
+            translated(call, anthropic.APIStatusError, anthropic.APIConnectionError),
+            wire.posted(self._client, "/v1/messages", body, anthropic.Stream) as response,
+        ):
+            return wire.read(response, _Reading(call), _whole, say)
 
 
 def _merged(turns: list[Message]) -> list[dict[str, str]]:

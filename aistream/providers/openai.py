@@ -146,12 +146,12 @@ class OpenAIProvider:
         streamed = "stream" in body
         # An organisation that is not verified may not stream some models: then the whole answer is waited for.
         call.whole = not streamed
-        with translated(call, openai.APIStatusError, openai.APIConnectionError):
-            create = self._client.chat.completions.with_streaming_response.create
-            # All in extra_body, which is merged over the rest: the SDK walks typed parameters by their annotations, for a
-            # quarter of a request's CPU.
-            with create(model=call.model, messages=[], stream=streamed, extra_body=body) as response:
-                return wire.read(response, _Reading(call), _whole, say)
+        kind = openai.Stream if streamed else None
+        with (
+            translated(call, openai.APIStatusError, openai.APIConnectionError),
+            wire.posted(self._client, "/chat/completions", body, kind) as response,
+        ):
+            return wire.read(response, _Reading(call), _whole, say)
 
 
 class _Reading(wire.Reading):
