@@ -1,0 +1,182 @@
+"""What a token, and what a session, costs at each stage of the service: py-spy looks at the worker from outside.
+
+The worker's stack is read a few hundred times a second while it runs; each stack is given to a stage by the innermost of its
+frames that tells (`stage_of`). A stage's cost is its share of the samples times the CPU of the service, which is read from
+/proc in a window without samples. Nothing of this is in the service, so that any commit can be measured.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bench.load.rig import Came, Failed, Load, Rig, Server, check
+
+HUB = "hub and epoll"
+READ = "read from the provider"
+DECODE = "decode"
+LOG = "generation and log"
+FRAMES = "frames"
+SEND = "send to the viewer"
+WRITER = "log writer, Redis client"
+REDIS = "Redis server"
+INIT = "init request"
+VIEW = "viewer's request"
+HTTP = "gunicorn and Flask, per request"
+ASK = "SDK's request"
+END = "ending and callback"
+TELEMETRY = "log lines and metrics"
+LOOPS = "leases and other loops"
+OTHER = "other"
+
+#: In the order of a token's way, then of a session's.
+STAGES = [HUB, READ, DECODE, LOG, FRAMES, SEND, WRITER, REDIS, INIT, VIEW, HTTP, ASK, END, TELEMETRY, LOOPS, OTHER]
+
+#: What a frame tells, by `function (path`. What none of them knows (gevent, the standard library, the Redis client, the store)
+#: works for whoever called it. Modules of older commits and of newer ones stand side by side.
+_TELLING = [
+    (TELEMETRY, r"aistream/(telemetry|shared_metrics)\.py|/structlog/|/prometheus_client/"),
+    (FRAMES, r"aistream/sse\.py|^Log\.frames "),
+    (READ, r"aistream/providers/(transport|http1|resolver)\.py|/httpx2/|/httpcore2/|/h11/"),
+    (READ, r"/(openai|anthropic)/_(response|streaming)\.py"),
+    (DECODE, r"aistream/providers/(wire|openai|anthropic|echo)\.py"),
+    (ASK, r"/(openai|anthropic)/"),
+    (WRITER, r"aistream/writer\.py"),
+    (END, r"aistream/(delivery|outbound|callback|outbox|recall|destination|estimate)\.py|/requests/|/urllib3/"),
+    (END, r"^Generation\.(finish|_commit|_reconcile|_written|_estimate) |^_report "),
+    (INIT, r"aistream/api/init\.py|/pydantic/"),
+    (VIEW, r"aistream/api/stream\.py|^Viewer\.(__init__|open|watch|close|_look|_unwatch) |^Viewing\."),
+    (VIEW, r"^Generations\.(claim|_ask|_begin) "),
+    (SEND, r"aistream/viewing\.py|^AsyncWorker\.handle_request |^ClosingIterator\."),
+    (SEND, r"^Response\.(write|_emit_body) .*gunicorn/|^write(_chunk)? .*gunicorn/"),
+    (HTTP, r"/gunicorn/|/flask/|/flask_cors/|/werkzeug/|aistream/(worker|app)\.py|aistream/api/"),
+    (LOG, r"aistream/(generation|asking|log|events|pulse)\.py|aistream/providers/"),
+    (LOOPS, r"aistream/(background|follower)\.py"),
+    (HUB, r"^Hub\.run .*gevent/hub\.py"),
+]
+_RULES = [(stage, re.compile(pattern)) for stage, pattern in _TELLING]
+#: Under these the provider's connection works for a request, not for an answer.
+_ASKING = re.compile(r"/(openai|anthropic)/_base_client\.py")
+#: A thread that only waits for work.
+_IDLE = re.compile(r"gevent/(threadpool|_threading)|/threading\.py")
+
+#: Many streams at a steady pace: what a token costs. The second half is for the samples.
+TOKENS = Load(streams=200, tokens=260, rate=20, per_second=100)
+#: Seconds of TOKENS' steady window in which CPU is read, before the samples.
+UNDISTURBED = 5.0
+#: Short sessions, twenty at a time: what a session costs.
+SESSIONS = Load(streams=300, tokens=10, rate=20, per_second=1000, at_once=20)
+#: Samples per second.
+RATE = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """µs per token and ms per session of ten tokens, by stage; what is left after `TOKENS`' price of a token is the set-up."""
+
+    token_us: Mapping[str, float]
+    session_ms: Mapping[str, float]
+    setup_ms: float
+    samples: int
+    came: Came
+
+    @property
+    def total_us(self) -> float:
+        """Per token."""
+        return sum(self.token_us.values())
+
+    def json(self) -> dict[str, Any]:
+        """For the file of results."""
+        return {
+            "token_us": dict(self.token_us),
+            "session_ms": dict(self.session_ms),
+            "setup_ms": self.setup_ms,
+            "samples": self.samples,
+            "load": self.came.summary(),
+        }
+
+
+def stage_of(frames: Sequence[str]) -> str:
+    """The stage of a stack; the innermost frame is the last. `function (path:line)` each."""
+    for frame in reversed(frames):
+        for stage, pattern in _RULES:
+            if pattern.search(frame):
+                if stage == READ and any(map(_ASKING.search, frames)):
+                    return ASK
+                return stage
+    return OTHER
+
+
+def counted(lines: Iterable[str]) -> Counter[str]:
+    """Samples by stage, of py-spy's raw output: frames separated by semicolons, then a number. Threads that wait do not count."""
+    counts: Counter[str] = Counter()
+    for line in lines:
+        stack, _, number = line.rpartition(" ")
+        frames = stack.split(";")
+        if not _IDLE.search(frames[0]) and not (len(frames) < 4 and _IDLE.search(frames[-1])):
+            counts[stage_of(frames)] += int(number)
+    return counts
+
+
+def measure(rig: Rig, server: Server, *, quick: bool = False) -> Stages:
+    """Both loads, on a server that is warm. Raises Failed."""
+    tokens = replace(TOKENS, streams=10, tokens=24, settle=0.1) if quick else TOKENS
+    sessions = replace(SESSIONS, streams=10, tokens=4) if quick else SESSIONS
+    undisturbed = 0.4 if quick else UNDISTURBED
+    begin, end = tokens.steady
+    with rig.driving(server, tokens) as drive:
+        drive.until(begin)
+        before = drive.cpu()
+        drive.until(begin + undisturbed)
+        used = drive.cpu() - before
+        token_samples = _sample(rig, server, end - begin - undisturbed)
+        came = drive.finish(used)
+    check(came, server)
+    # Tokens are counted in the whole window, CPU is read in its undisturbed part.
+    share = undisturbed / (end - begin)
+    delivered = max(1.0, came.viewers["window_tokens"] * share)
+    token_us = _shared(token_samples, used.service / delivered * 1e6, used.redis / delivered * 1e6)
+    with rig.driving(server, sessions) as drive:
+        drive.until(0)
+        session_samples = _sample(rig, server, 0.5 if quick else 5.0)
+        sessions_came = drive.finish(used)
+    check(sessions_came, server)
+    each = 1000 / sessions.streams
+    session_ms = _shared(session_samples, sessions_came.whole.service * each, sessions_came.whole.redis * each)
+    setup_ms = sum(session_ms.values()) - sessions.tokens * sum(token_us.values()) / 1000
+    return Stages(token_us, session_ms, setup_ms, token_samples.total() + session_samples.total(), came)
+
+
+def _sample(rig: Rig, server: Server, seconds: float) -> Counter[str]:
+    target = rig.folder / "samples"
+    counts: Counter[str] = Counter()
+    command = [_program(), "record", "--rate", str(RATE), "--duration", f"{max(1, round(seconds))}", "--format", "raw"]
+    command += ["--full-filenames", "--pid", str(server.workers[0]), "--output", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise Failed(f"py-spy cannot look at the worker (it needs the right to ptrace):\n{done.stderr[-500:]}")
+    with target.open() as lines:
+        counts += counted(lines)
+    return counts
+
+
+def _shared(samples: Counter[str], service: float, redis: float) -> dict[str, float]:
+    total = max(1, samples.total())
+    shared = {stage: service * samples[stage] / total for stage in STAGES} | {REDIS: redis}
+    if not samples.total():
+        shared[OTHER] = service
+    return shared
+
+
+def _program() -> str:
+    found = shutil.which("py-spy", path=f"{Path(sys.executable).parent}:{sys.prefix}/bin") or shutil.which("py-spy")
+    if found is None:
+        raise FileNotFoundError("py-spy is not installed: `make bench` installs it")
+    return found
