@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 LOCK_ARGS ?=
 N8N_HOME ?= .n8n
 
@@ -11,7 +12,7 @@ MAKEFLAGS += --no-print-directory
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # `make -j test` must not run the tests beside the installation they need
-.PHONY: help run test test-n8n env token lint format lock setup clean runtime dev
+.PHONY: help run test test-n8n bench env token lint format lock setup clean runtime dev
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## /\1\t/p' Makefile | while IFS='	' read -r target text; do \
@@ -29,6 +30,9 @@ test-n8n: dev  ## run the tests against a real n8n, installed into .n8n (3 GB, 8
 	@scripts/ensure-n8n "$(N8N_HOME)"
 	@PATH="$(abspath $(N8N_HOME))/node24/bin:$$PATH" scripts/check-n8n-node
 	@N8N_HOME="$(N8N_HOME)" PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/n8n $(PYTEST_ARGS)
+
+bench: dev  ## measure cost, memory and latency; writes docs/performance.md (15 minutes; BENCH_ARGS="stages" for a part)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m bench $(BENCH_ARGS)
 
 env: runtime  ## write a .env with random secrets; only the provider keys are missing
 	@$(BIN)/python -m aistream.environment

@@ -58,7 +58,7 @@ def post_worker_init(worker):
     """Starts the worker's loops, after fork and patch, and takes what is loaded by now out of the garbage collector's sight.
 
     The modules are half a million objects that never become garbage; going through them again and again cost a seventh of
-    all CPU (`python -m bench.stream_cost`).
+    all CPU.
     """
     worker.background.start()
     gc.collect()

@@ -2,7 +2,7 @@
 
 redis-py makes them (URL, password, TLS, timeouts, errors) and speaks RESP over them; its client's own layers above that
 (retries, response callbacks, metrics, a pool that polls each connection through gevent's hub) cost more CPU than the command
-and are left out: `python -m bench.stream_cost` shows the difference.
+and are left out: docs/performance.md has the difference.
 """
 
 from __future__ import annotations

@@ -62,6 +62,8 @@ class Load:
     settle: float = 0.5
     patience: float = 20.0
     body: Mapping[str, Any] = field(default_factory=dict)
+    #: Seconds of the steady window; 0: until a stream ends.
+    window: float = 0
 
     @property
     def model(self) -> str:
@@ -72,7 +74,8 @@ class Load:
     def steady(self) -> tuple[float, float]:
         """Seconds from the first init between which all streams are open and none begins or ends."""
         begun = self.streams / self.per_second + self.settle
-        return begun, max(begun, self.delay_ms / 1000 + self.tokens / self.rate)
+        ends = self.delay_ms / 1000 + self.tokens / self.rate
+        return begun, begun + self.window if self.window else max(begun, ends)
 
     @property
     def until(self) -> float:
