@@ -98,14 +98,16 @@ def telling(names: list[str], quick: bool) -> Iterator[Callable[[str], None]]:
         progress.update(task, completed=total)
 
 
-def measure(names: list[str], quick: bool) -> dict[str, Any]:
-    """The results of these parts, and the facts. Raises Failed, and FileNotFoundError where a program is missing."""
+def measure(names: list[str], quick: bool, results: dict[str, Any]) -> None:
+    """Puts into `results` the facts, then each of these parts when it is done.
+
+    Raises Failed, and FileNotFoundError where a program is missing.
+    """
     with telling(names, quick) as say, Rig(say) as rig:
-        results: dict[str, Any] = {"facts": facts(rig.files)}
+        results["facts"] = facts(rig.files)
         for name in names:
             say(name)
             results[name] = {"commit": results["facts"]["commit"], **PARTS[name].run(rig, quick)}
-    return results
 
 
 def main(argv: list[str]) -> int:
@@ -118,28 +120,28 @@ def main(argv: list[str]) -> int:
     if unknown := set(given.part) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     names = [name for name in PARTS if name in given.part] or list(PARTS)
-    before: dict[str, Any] = json.loads(page.RESULTS.read_text()) if page.RESULTS.exists() else {}
-    if given.report:
-        page.write(before)
-        return 0
-    try:
-        results = measure(names, given.quick)
-    except (Failed, FileNotFoundError) as error:
-        sys.exit(f"\n{error}")
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
+    results: dict[str, Any] = json.loads(page.RESULTS.read_text()) if page.RESULTS.exists() and not given.quick else {}
+    wrong = ""
+    if not given.report:
+        try:
+            measure(names, given.quick, results)
+        except (Failed, FileNotFoundError) as error:
+            wrong = f"\n{error}"
+        except KeyboardInterrupt:
+            print("\nstopped", file=sys.stderr)
+            return 130
     if given.quick:
         print(json.dumps(results, indent=1))
-    elif missing := [name for name in PARTS if name not in {**before, **results}]:
-        sys.exit(f"there are no results yet of {', '.join(missing)}: run `make bench` once")
+    elif missing := [name for name in PARTS if name not in results]:
+        wrong += f"\nthere are no results yet of {', '.join(missing)}: run `make bench` once"
     else:
-        page.write({**before, **results})
+        page.write(results)
         print(f"written: {page.PAGE.relative_to(ROOT)} and {page.FOLDER.relative_to(ROOT)}/")
-    failed = sum(one["failed"] for one in results.get("memory", {"open": []})["open"])
-    if failed:
-        print(f"{failed} streams failed", file=sys.stderr)
-    return 1 if failed else 0
+    if not wrong and (failed := sum(one["failed"] for one in results.get("memory", {"open": []})["open"])):
+        wrong = f"{failed} streams failed"
+    if wrong:
+        print(wrong, file=sys.stderr)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

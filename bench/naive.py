@@ -2,7 +2,7 @@
 
 The same three calls as the service (init, stream, callback) with the session in Redis, and nothing of what sets the service
 apart: no log (a reload starts nothing, a lost line loses the answer), no retry, no lease, no limit. No mistakes on purpose
-either: one client for all, its pool large enough, the callback also when the viewer has left.
+either: one client for all, pools that are large enough, the callback also when the viewer has left.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from flask import Flask, Response, abort, jsonify, request, stream_with_context
 SECRET = os.environ["JWT_SECRET"]
 
 app = Flask(__name__)
-store = redis.Redis.from_url(os.environ["REDIS_URL"])
+# redis-py's own pool raises at the 101st request of one moment.
+store = redis.Redis(connection_pool=redis.BlockingConnectionPool.from_url(os.environ["REDIS_URL"], max_connections=100))
 # The SDK's own pool of 1,000 connections would hold the 1,001st stream back in silence.
 model = openai.OpenAI(http_client=openai.DefaultHttpxClient(limits=httpx2.Limits(max_connections=20_000)))
 n8n = requests.Session()

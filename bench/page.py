@@ -103,7 +103,7 @@ def _facts(results: Results) -> list[str]:
         "`ulimit -n`": f"{facts['files']:,}",
         "other load on the service's core meanwhile": f"{min(others):.0%} to {max(others):.0%}",
     }
-    return rows(["", ""], body.items())
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in body.items())]
 
 
 def _comparison(results: Results) -> list[str]:
@@ -124,6 +124,7 @@ def _comparison(results: Results) -> list[str]:
             row(f"CPU per token, {steady} streams × 20 tokens/s, µs", lambda one: one["steady"]["token_us"], ".0f"),
             row("of it Redis, µs", lambda one: one["steady"]["redis_us"], ".1f"),
             row(f"CPU per token, {light} streams × 20 tokens/s, µs", lambda one: one["light"]["token_us"], ".0f"),
+            ["streams that failed in these loads", ours["failed"], naive["failed"], ""],
             row("CPU per stream beside its tokens, ms", lambda one: one["setup_ms"], ".1f"),
             row(f"added latency of a token, {light} streams, p50, ms", lambda one: one["light"]["latency_ms"]["p50"], ".1f"),
             row("p99, ms", lambda one: one["light"]["latency_ms"]["p99"], ".1f"),

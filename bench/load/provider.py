@@ -31,6 +31,8 @@ _HEAD = (
 )
 #: OpenAI pads each chunk to hide its length; with it a chunk has the 330 bytes of a real one.
 _PADDING = "q8ZfKx2LmWvT0aBcD"
+#: Seconds that it sleeps at least: beyond 4,000 tokens a second, each would be a wake-up of its own core.
+_NAP = 0.000_25
 
 
 class Asked(NamedTuple):
@@ -107,7 +109,7 @@ class Provider:
             rest = heap[0][0] - clock() if heap else 60.0
             if rest > 0:
                 # epoll's own timeout has whole milliseconds: at 4,000 tokens a second, four would go out together.
-                select.select(waiting, [], [], rest)
+                select.select(waiting, [], [], max(rest, _NAP))
             for number, _ in self._epoll.poll(0):
                 if number == until:
                     return

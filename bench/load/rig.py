@@ -158,6 +158,7 @@ class Came:
         """For the file of results."""
         return {
             "streams": self.load.streams,
+            "failed": self.viewers["failed"] + self.load.streams - self.provider["callbacks"],
             "tokens_per_second": round(self.delivered),
             "token_us": self.token_us,
             "redis_us": self.redis_us,
@@ -237,7 +238,7 @@ class Drive:
         self._servers = servers
         self.load = load
         rig.provider_stats()
-        self._before, self._busy = self.cpu(), processes.busy(rig.service_cores)
+        self._before, self._busy, self._since = self.cpu(), processes.busy(rig.service_cores), time.monotonic()
         self.began = time.monotonic() + 0.3
         init, view = servers[0], servers[-1]
         job = {
@@ -283,7 +284,8 @@ class Drive:
         stats = self._callbacks(viewers["ok"])
         whole = self.cpu() - self._before
         seconds = time.monotonic() - self.began
-        foreign = max(0.0, processes.busy(self._rig.service_cores) - self._busy - whole.both) / seconds
+        others = processes.busy(self._rig.service_cores) - self._busy - whole.both
+        foreign = max(0.0, others) / (time.monotonic() - self._since)
         begin, end = self.load.steady
         return Came(self.load, whole, steady, seconds, end - begin, viewers, stats, foreign)
 
