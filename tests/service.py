@@ -44,7 +44,7 @@ class Service:
         self._environ = dict(environ)
         self._limited = ["sh", "-c", f'ulimit {ulimit} && exec "$0" "$@"'] if ulimit else []
         self._process: subprocess.Popen[bytes] | None = None
-        self.port = int(environ.get("PORT", 0)) or free_port()
+        self.port = int(environ.get("PORT", 0)) or _free_port()
 
     @property
     def url(self) -> str:
@@ -204,8 +204,7 @@ def text_of(events: list[Event]) -> str:
     return "".join(event.data for event in events if event.event == "message" and event.data != "[DONE]")
 
 
-def free_port() -> int:
-    """One that nobody listens on."""
+def _free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])

@@ -18,6 +18,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,7 @@ from typing import Any, Self
 
 from bench.load import processes
 from tests.neighbours.redis import RedisServer, program
-from tests.service import ROOT, SECRET, free_port
+from tests.service import ROOT, SECRET
 
 HOST = "127.0.0.1"
 #: Share of its core above which the load itself is what is measured.
@@ -366,7 +367,7 @@ class Rig:
     ) -> Iterator[Server]:
         with contextlib.ExitStack() as stack:
             redis = redis or stack.enter_context(self.redis())
-            port = free_port()
+            port = _free_port()
             settings = {
                 **{"PATH": os.environ["PATH"], "HOME": str(self.folder), "PYTHON_DOTENV_DISABLED": "true", "JWT_SECRET": SECRET},
                 **{"OPENAI_API_KEY": "sk-bench", "OPENAI_BASE_URL": f"{self.provider_url}/v1", "REDIS_URL": redis.url},
@@ -426,6 +427,12 @@ def _get(port: int, path: str) -> bytes:
         return connection.getresponse().read()
     finally:
         connection.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind((HOST, 0))
+        return int(sock.getsockname()[1])
 
 
 def _spawn(module: str) -> subprocess.Popen[str]:
