@@ -12,20 +12,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from aistream.config import settings
+from aistream.kernel_limits import CONNECTIONS, RESERVE
 from bench.stages import REDIS
 
 #: Tokens of an answer: with its pace, how long a stream is open.
 ANSWER = 1_000
 #: Share of a core that is planned for.
 LOADED = 0.8
-#: gunicorn.conf.py's worker_connections. Each viewer is one.
-CONNECTIONS = 20_000
 #: Bytes around each write on an Ethernet: its own header, IP's, and TCP's with time stamps.
 PACKET = 66
 #: Tokens per second of a stream: a slow model that thinks, and a fast one.
 PACES = [1, 20]
 #: Seconds for which Redis keeps a finished session at least.
 REPLAY = float(settings()["REPLAY_SECONDS"].default)
+#: Answers of one provider at the same time on one worker, by default.
+PLACES = int(settings()["PROVIDER_CONCURRENCY"].default)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +94,10 @@ def limits(units: Units) -> list[Limit]:
     """The limits of one worker, the one that is met first in front."""
     found = [
         Limit(f"its core, {LOADED:.0%} busy", int(LOADED * 1e6 / max(0.001, units.stream_us))),
+        Limit("`PROVIDER_CONCURRENCY` (default)", PLACES),
         Limit("gunicorn's `worker_connections`", CONNECTIONS),
         Limit("local ports towards one address of the provider", units.ports),
-        Limit(f"descriptors, at `ulimit -n` {units.files:,}", int(units.files / max(0.001, units.stream_files))),
+        Limit(f"descriptors, at `ulimit -n` {units.files:,}", int((units.files - RESERVE) / max(0.001, units.stream_files))),
     ]
     return sorted(found, key=lambda limit: limit.streams)
 

@@ -7,6 +7,7 @@ run; what is compared (service and relay, one worker and two) is measured one af
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ import redis
 
 from bench import stages
 from bench.load import processes
-from bench.load.rig import Came, Drive, Load, Rig, Server
+from bench.load.rig import PATIENCE, Came, Drive, Load, Rig, Server
 from bench.load.viewers import percentiles
 
 #: Many streams at the pace of a fast model: 4,000 tokens a second.
@@ -38,7 +39,7 @@ HOLD = 8.0
 LATE_MS = 100.0
 #: Steps of the search for it, and how near they must come.
 STEPS, NEAR = 9, 1.12
-#: Share of the service's core that others took: a step that failed meanwhile is done again, so often at most.
+#: Share of the service's core that others took: a step that failed meanwhile, or for the load's sake, is done again, so often.
 DISTURBING, AGAIN = 0.2, 3
 #: What Redis keeps of a session is measured with answers of so many tokens.
 ANSWER = 1_000
@@ -89,14 +90,13 @@ def _saturation(rig: Rig, server: Server, guess: float, quick: bool) -> dict[str
         rate = streams * SATURATING.rate
         carried = not came.viewers["failed"] and came.viewers["latency_ms"]["p99"] < LATE_MS
         steps.append({**came.summary(), "asked": rate, "carried": carried})
-        if came.harness_limited:
-            limited = True
-            if carried:
-                low = rate
-            break
-        if not carried and came.foreign > DISTURBING and disturbed < AGAIN:
+        if not carried and disturbed < AGAIN and (came.harness_limited or came.foreign > DISTURBING):
             disturbed += 1
             continue
+        if came.harness_limited:
+            limited = True
+            low = rate if carried else low
+            break
         low, high = (rate, high) if carried else (low, rate)
         rate = (low * high) ** 0.5 if low and high else low * 1.5 if low else high / 1.7
     return {"tokens_per_second": low, "harness_limited": limited, "steps": steps}
@@ -152,12 +152,12 @@ def _open(rig: Rig, server: Server, count: int, nothing: int, few: int, quick: b
     with rig.driving(server, load) as drive:
         begin, _ = load.steady
         drive.until(begin)
-        before = drive.cpu()
+        before, since = drive.cpu(), time.monotonic()
         _ask_on(drive, server, begin + hold, answers)
-        used = drive.cpu() - before
+        used, held = drive.cpu() - before, time.monotonic() - since
         pss, files = processes.pss_kib(server.pid), processes.descriptors(server.pid)
         came = drive.finish(used)
-    delivered = came.delivered * hold
+    delivered = max(1.0, came.delivered * held)
     return {
         "open": count,
         "failed": came.viewers["failed"],
@@ -167,9 +167,9 @@ def _open(rig: Rig, server: Server, count: int, nothing: int, few: int, quick: b
         "stream_files": (files - few) / count,
         "answer_ms": percentiles([seconds * 1000 for seconds in answers]),
         "latency_ms": came.viewers["latency_ms"],
-        "core": used.service / hold,
-        "token_us": used.both / max(1, delivered) * 1e6,
-        "redis_us": used.redis / max(1, delivered) * 1e6,
+        "core": used.service / held,
+        "token_us": used.both / delivered * 1e6,
+        "redis_us": used.redis / delivered * 1e6,
         "tokens_per_second": round(came.delivered),
         "harness": came.harness,
         "harness_limited": came.harness_limited,
@@ -178,11 +178,12 @@ def _open(rig: Rig, server: Server, count: int, nothing: int, few: int, quick: b
 
 def _ask_on(drive: Drive, server: Server, until: float, answers: list[float]) -> None:
     """Asks /health ten times a second: a request waits for the hub as every event does, and is a little work itself."""
-    at = drive.load.steady[0]
-    while at < until:
-        answers.append(server.ask())
-        at += 0.1
-        drive.until(at)
+    while (now := time.monotonic() - drive.began) < until:
+        try:
+            answers.append(server.ask())
+        except OSError:
+            answers.append(PATIENCE)
+        drive.until(now + 0.1)
 
 
 def _session_in_redis(rig: Rig, server: Server, quick: bool) -> dict[str, Any]:

@@ -42,8 +42,13 @@ OTHER = "other"
 #: In the order of a token's way, then of a session's.
 STAGES = [HUB, READ, DECODE, LOG, FRAMES, SEND, WRITER, REDIS, INIT, VIEW, HTTP, ASK, END, TELEMETRY, LOOPS, OTHER]
 
-#: What a frame tells, by `function (path`. What none of them knows (gevent, the standard library, the Redis client, the store)
-#: works for whoever called it. Modules of older commits and of newer ones stand side by side.
+#: Modules of the service that work for whoever called them, as gevent, the standard library and the Redis client do; and those
+#: that are not on the way of a session.
+NEUTRAL = [
+    *("store", "scripts", "connections", "session", "tokens", "parse", "endpoints", "retry_after", "errors", "sockets", "worker"),
+    *("__init__", "__main__", "cli", "config", "environment", "kernel_limits"),
+]
+#: What a frame tells, by `function (path`. Modules of older commits and of newer ones stand side by side.
 _TELLING = [
     (TELEMETRY, r"aistream/(telemetry|shared_metrics)\.py|/structlog/|/prometheus_client/"),
     (FRAMES, r"aistream/sse\.py|^Log\.frames "),
@@ -59,7 +64,7 @@ _TELLING = [
     (VIEW, r"^Generations\.(claim|_ask|_begin) "),
     (SEND, r"aistream/viewing\.py|^AsyncWorker\.handle_request |^ClosingIterator\."),
     (SEND, r"^Response\.(write|_emit_body) .*gunicorn/|^write(_chunk)? .*gunicorn/"),
-    (HTTP, r"/gunicorn/|/flask/|/flask_cors/|/werkzeug/|aistream/(worker|app)\.py|aistream/api/"),
+    (HTTP, r"/gunicorn/|/flask/|/flask_cors/|/werkzeug/|aistream/app\.py|aistream/api/"),
     (LOG, r"aistream/(generation|asking|log|events|pulse)\.py|aistream/providers/"),
     (LOOPS, r"aistream/(background|follower)\.py"),
     (HUB, r"^Hub\.run .*gevent/hub\.py"),
@@ -123,7 +128,7 @@ def counted(lines: Iterable[str]) -> Counter[str]:
     for line in lines:
         stack, _, number = line.rpartition(" ")
         frames = stack.split(";")
-        if not _IDLE.search(frames[0]) and not (len(frames) < 4 and _IDLE.search(frames[-1])):
+        if not _IDLE.search(frames[0]):
             counts[stage_of(frames)] += int(number)
     return counts
 

@@ -131,6 +131,13 @@ def test_a_stack_belongs_to_the_stage_of_its_innermost_frame_that_tells(frames: 
     assert stages.stage_of(frames) == stage
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "aistream").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_module_of_the_service_has_its_stage_or_works_for_its_caller(path: Path) -> None:
+    told = stages.stage_of(of(str(path), "f"))
+
+    assert (told == stages.OTHER) == (path.parent.name == "aistream" and path.stem in stages.NEUTRAL)
+
+
 def test_threads_that_wait_for_work_are_no_samples() -> None:
     idle = ";".join(of(f"{SITE}gevent/threadpool.py", "_WorkerGreenlet.run"))
 
@@ -160,7 +167,7 @@ def test_the_arithmetic_of_a_fleet_can_be_done_by_hand() -> None:
     many = fleet.fleet(UNITS, 1_000_000)
 
     # A stream: 20 · (39 + 1000 / 1000) = 800 µs of its worker, 20 · (2 + 500 / 1000) = 50 µs of Redis, each second.
-    assert [limit.streams for limit in fleet.limits(UNITS)] == [1_000, 20_000, 28_000, 32_768]
+    assert [limit.streams for limit in fleet.limits(UNITS)] == [1_000, 10_000, 20_000, 28_000, 32_618]
     assert (many.tokens_per_second, many.sessions_per_second) == (20_000_000, 20_000)
     assert (round(many.cores), many.workers) == (800, 1_000)
     assert round(many.memory, 2) == round((64_000_000 + 102_400_000) / 2**20, 2)

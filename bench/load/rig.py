@@ -37,6 +37,8 @@ HOST = "127.0.0.1"
 HARNESS_LIMIT = 0.75
 #: Share of tokens that the provider may send over 10 ms late before the same holds.
 LATE_LIMIT = 0.05
+#: Seconds that an answer of a server is waited for.
+PATIENCE = 10.0
 #: Seconds in which all callbacks must have come.
 CALLBACKS = 20.0
 
@@ -421,7 +423,7 @@ def check(came: Came, server: Server) -> None:
 
 
 def _get(port: int, path: str) -> bytes:
-    connection = http.client.HTTPConnection(HOST, port, timeout=30)
+    connection = http.client.HTTPConnection(HOST, port, timeout=PATIENCE)
     try:
         connection.request("GET", path)
         return connection.getresponse().read()
