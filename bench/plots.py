@@ -53,11 +53,12 @@ def line(title: str, x_name: str, y_name: str, points: Sequence[tuple[float, flo
     def along(value: float) -> float:
         return math.log(value) if logarithmic else value
 
-    left, right, height = 70, 40, 260
+    left, right, inset, height = 70, 40, 30, 260
     first, last = along(points[0][0]), along(points[-1][0])
     top, step = _scale(max(y for _, y in points))
     bottom, inner = TOP + height, WIDTH - left - right
-    places = [(left + inner * (along(x) - first) / ((last - first) or 1), bottom - height * max(0.0, y) / top) for x, y in points]
+    scale = (inner - inset) / ((last - first) or 1)
+    places = [(left + inset + scale * (along(x) - first), bottom - height * max(0.0, y) / top) for x, y in points]
     parts = []
     for i in range(round(top / step) + 1):
         y = bottom - height * i * step / top
