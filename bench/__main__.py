@@ -103,7 +103,7 @@ def measure(names: list[str], quick: bool, results: dict[str, Any]) -> None:
 
     Raises Failed, and FileNotFoundError where a program is missing.
     """
-    with telling(names, quick) as say, Rig(say) as rig:
+    with telling(names, quick) as say, Rig(say, quick=quick) as rig:
         results["facts"] = facts(rig.files)
         for name in names:
             say(name)

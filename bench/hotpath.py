@@ -71,7 +71,7 @@ def _git(*command: str) -> subprocess.CompletedProcess[str]:
 
 def compare(sides: list[Side], rounds: int, quick: bool, say: Callable[[str], None]) -> None:
     """Measures the sides in turn. Raises Failed, and FileNotFoundError where a program is missing."""
-    with Rig() as rig:
+    with Rig(quick=quick) as rig:
         for number in range(rounds):
             for side in sides:
                 say(f"round {number + 1} of {rounds}: {side.name}")

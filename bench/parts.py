@@ -47,11 +47,12 @@ BATCHES = [1, 2, 5, 10, 50]
 
 
 def small(load: Load, quick: bool) -> Load:
-    """The load, or if `quick` one of half a second."""
+    """The load, or if `quick` one of a fraction of a second."""
     if not quick:
         return load
     tokens = max(2 * load.batch, load.tokens // 16, 3)
-    return replace(load, streams=max(4, load.streams // 50), tokens=tokens, per_second=100, settle=0.1)
+    streams = max(4, load.streams // 50)
+    return replace(load, streams=streams, tokens=tokens, rate=3 * load.rate, per_second=100, settle=0.05)
 
 
 def per_stream_ms(long: Came, short: Came) -> float:
@@ -142,12 +143,10 @@ def memory(rig: Rig, quick: bool) -> dict[str, Any]:
 
 
 def _open(rig: Rig, server: Server, count: int, nothing: int, few: int, quick: bool) -> dict[str, Any]:
-    opening = 20.0 if quick else OPENING
-    hold = 0.5 if quick else HOLD
-    seconds = count / opening + 1 + hold
-    rate = 10.0 if quick else 1.0
-    # `settle` covers the delay and a token's pace, so that every stream is open in the steady window.
-    load = Load(count, round(seconds * rate) + 2, rate, opening, settle=1.0, patience=60)
+    # The last to begin has a token's pace until it is counted as open, so that all are in the steady window.
+    rate, opening, hold = (10.0, 40.0, 0.4) if quick else (1.0, OPENING, HOLD)
+    seconds = count / opening + 1 / rate + hold
+    load = Load(count, round(seconds * rate) + 2, rate, opening, settle=1 / rate, patience=60)
     answers: list[float] = []
     with rig.driving(server, load) as drive:
         begin, _ = load.steady

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -32,15 +33,23 @@ def shape(value: Any) -> Any:
     return "number" if isinstance(value, (int, float)) and not isinstance(value, bool) else type(value).__name__
 
 
+@pytest.fixture(scope="module")
+def running() -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """All parts, beside one another: most of their time is waiting."""
+    command, pipes = [sys.executable, "-m", "bench", "--quick"], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    started = {part: subprocess.Popen([*command, part], cwd=ROOT, text=True, **pipes) for part in PARTS}
+    yield started
+    for process in started.values():
+        process.send_signal(signal.SIGINT)
+        process.communicate()
+
+
 @pytest.mark.parametrize("part", PARTS)
-def test_each_part_runs_and_gives_what_the_page_is_drawn_from(part: str) -> None:
-    command = [sys.executable, "-m", "bench", part, "--quick"]
+def test_each_part_runs_and_gives_what_the_page_is_drawn_from(part: str, running: dict[str, subprocess.Popen[str]]) -> None:
+    out, err = running[part].communicate()
 
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout)
-    assert shape(results) == shape({name: RESULTS[name] for name in ("facts", part)})
+    assert running[part].returncode == 0, err
+    assert shape(json.loads(out)) == shape({name: RESULTS[name] for name in ("facts", part)})
 
 
 def test_page_plots_and_results_belong_together() -> None:
@@ -240,7 +249,7 @@ DONE = event("[DONE]")
 LAST = b"0\r\n\r\n"
 
 
-@pytest.mark.parametrize("watched", [b"".join([*ALL, DONE, LAST])], indirect=True)
+@pytest.mark.parametrize("watched", [b"".join([*ALL, DONE, LAST])], indirect=True, ids=["perfect"])
 def test_a_perfect_stream_is_well(watched: dict[str, Any]) -> None:
     assert (watched["ok"], watched["failed"], watched["wrong"], watched["tokens"]) == (1, 0, {}, 3)
 
@@ -256,6 +265,7 @@ def test_a_perfect_stream_is_well(watched: dict[str, Any]) -> None:
         (ALL[0] + event("{}", "event: error\n"), "id: 1-1\nevent: error\ndata: {}"),
     ],
     indirect=["watched"],
+    ids=["twice", "lost", "early", "no-done", "broken", "error"],
 )
 def test_what_is_wrong_with_a_stream_is_noticed(watched: dict[str, Any], wrong: str) -> None:
     assert (watched["ok"], watched["failed"], watched["wrong"]) == (0, 1, {wrong: 1})

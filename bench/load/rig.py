@@ -237,7 +237,7 @@ class Drive:
         self.load = load
         rig.provider_stats()
         self._before, self._busy, self._since = self.cpu(), processes.busy(rig.service_cores), time.monotonic()
-        self.began = time.monotonic() + 0.3
+        self.began = time.monotonic() + 0.2
         init, view = servers[0], servers[-1]
         job = {
             **{"init_port": init.port, "view_port": view.port if view is not init else 0},
@@ -303,15 +303,17 @@ class Drive:
 
 
 class Rig:
-    """The load's two processes and the cores. One load at a time."""
+    """The load's two processes and the cores. One load at a time. `quick`: nothing is pinned, and no figure means anything."""
 
-    def __init__(self, say: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(self, say: Callable[[str], None] = lambda _: None, *, quick: bool = False) -> None:
         self.say = say
         cores = sorted(os.sched_getaffinity(0))
         #: Where the load runs, the service of one worker, and one of two workers.
         self.load_cores = {cores[-1]}
         self.service_cores = {cores[0]}
         self.two_cores = set(cores[:2]) - self.load_cores or self.service_cores
+        if quick:
+            self.load_cores = self.service_cores = self.two_cores = set(cores)
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
