@@ -15,10 +15,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -30,22 +29,28 @@ from bench import stages
 from bench.load.rig import Failed, Rig
 from tests.service import ROOT
 
-TOTAL = "a token, all stages"
-SETUP = "a stream's set-up, in ms"
+TOTAL = "all stages"
+SETUP = "a session without its tokens"
+TOKEN, SESSION = "µs of CPU per token", "ms of CPU per session of ten tokens"
+#: What is less than this on all sides is not shown, and has too few samples for a ratio.
+LITTLE = {TOKEN: 0.5, SESSION: 0.05}
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One tree: µs per token by stage, and of the totals, one for each round."""
+    """One tree, and what it cost: by TOKEN and SESSION, by stage, one figure for each round."""
 
     name: str
     root: Path
-    costs: dict[str, list[float]]
+    costs: dict[str, dict[str, list[float]]]
 
     def add(self, measured: stages.Stages) -> None:
         """One more round."""
-        for what, cost in {**measured.token_us, TOTAL: measured.total_us, SETUP: measured.setup_ms}.items():
-            self.costs.setdefault(what, []).append(cost)
+        token = {**measured.token_us, TOTAL: measured.total_us}
+        session = {**measured.session_ms, TOTAL: sum(measured.session_ms.values()), SETUP: measured.setup_ms}
+        for kind, costs in ((TOKEN, token), (SESSION, session)):
+            for what, cost in costs.items():
+                self.costs.setdefault(kind, {}).setdefault(what, []).append(cost)
 
 
 @contextlib.contextmanager
@@ -80,34 +85,29 @@ def compare(sides: list[Side], rounds: int, quick: bool, say: Callable[[str], No
                     side.add(stages.measure(rig, server, quick=quick))
 
 
-def table(sides: list[Side]) -> Table:
+def table(kind: str, sides: list[Side]) -> Table:
     """For a terminal: the last side against the first."""
-    told = Table(title="µs of CPU per token: median (lowest to highest) of the rounds")
+    told = Table(title=f"{kind}: median (lowest to highest) of the rounds")
     told.add_column("stage")
     for side in sides:
         told.add_column(side.name, justify="right")
     if len(sides) > 1:
         told.add_column("ratio", justify="right")
-    for what in [*stages.STAGES, TOTAL, SETUP]:
+    for what in sides[0].costs[kind]:
+        every = [side.costs[kind][what] for side in sides]
+        medians = [statistics.median(costs) for costs in every]
         if what == TOTAL:
             told.add_section()
-        told.add_row(what, *(_told(side.costs[what]) for side in sides), *([_ratio(what, sides)] if len(sides) > 1 else []))
+        elif max(medians) < LITTLE[kind]:
+            continue
+        ratio = f"{medians[-1] / medians[0]:.2f}" if medians[0] >= LITTLE[kind] else "-"
+        told.add_row(what, *map(_told, every), *([ratio] if len(sides) > 1 else []))
     return told
 
 
 def _told(costs: list[float]) -> str:
-    return f"{statistics.median(costs):.1f} ({min(costs):.1f} to {max(costs):.1f})"
-
-
-def _ratio(what: str, sides: list[Side]) -> str:
-    """Below half a microsecond there are too few samples for one."""
-    before, after = (statistics.median(side.costs[what]) for side in (sides[0], sides[-1]))
-    return f"{after / before:.2f}" if before >= 0.5 else "-"
-
-
-def as_json(sides: list[Side]) -> Mapping[str, Any]:
-    """All rounds."""
-    return {side.name: side.costs for side in sides}
+    digits = 1 if max(costs) >= 10 else 2
+    return f"{statistics.median(costs):.{digits}f} ({min(costs):.{digits}f} to {max(costs):.{digits}f})"
 
 
 def main(argv: list[str]) -> int:
@@ -132,9 +132,11 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     if given.json:
-        print(json.dumps(as_json(sides), indent=1))
+        print(json.dumps({side.name: side.costs for side in sides}, indent=1))
     else:
-        Console(width=None if sys.stdout.isatty() else 110).print(table(sides))
+        console = Console(width=None if sys.stdout.isatty() else 110)
+        for kind in (TOKEN, SESSION):
+            console.print(table(kind, sides))
     return 0
 
 
