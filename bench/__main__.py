@@ -10,7 +10,7 @@ nothing: page and plots from the results that there are. `--quick`: with loads t
     memory      what 1,000 and 5,000 open streams hold, and what Redis keeps
     scaling     one worker and two; a viewer on another worker than the generation
 
-Exit code 1 where a stream failed. Two cores are needed, one for the service and one for the load; it takes about a quarter of
+Exit code 1 where a stream failed. Two cores are wanted, one for the service and one for the load; it takes about a quarter of
 an hour, and other load on the machine makes its figures worse.
 """
 
@@ -53,7 +53,7 @@ def facts(files: int) -> dict[str, Any]:
     return {
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
-        "machine": cores + ", virtual" * ("hypervisor" in cpu),
+        "machine": cores + ", virtual" * ("hypervisor" in cpu) + ", shared by service and load" * (os.cpu_count() == 1),
         "kernel": platform.release(),
         "python": f"{platform.python_implementation()} {platform.python_version()}, {build()}",
         "redis_server": redis.split("v=")[-1].split()[0],
