@@ -350,9 +350,10 @@ def slow(ask: Ask) -> Iterator[Step]:
     return long(ask)
 
 
-@scenario("hold", n=5, k=2)
+@scenario("hold", n=5, k=2, d=25)
 def hold(ask: Ask) -> Iterator[Step]:
-    """-n words, but after -k of them it waits for `ProviderServer.release()`."""
+    """-n words, -d ms apart, but after -k of them it waits for `ProviderServer.release()`."""
+    # Apart, since tests count them as events, and what arrives at once is one.
     for number, word in enumerate(words(ask.params["n"])):
         if number == ask.params["k"]:
             yield Hold()
