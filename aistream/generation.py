@@ -95,6 +95,7 @@ class Generation:
         self._first_token: float | None = None
         self._usage: Usage | None = None
         self._answer_bytes = 0
+        self._max_bytes = generations.config.max_answer_bytes
         #: Its way to an answer.
         self.asking = Asking(generations.config, generations.providers, claimed.request, session_id, self._written)
         self._cutters: dict[type[Text | Reasoning], Cutter] = {Text: Cutter(), Reasoning: Cutter()}
@@ -217,13 +218,17 @@ class Generation:
         """Puts an event into the log, in the pieces that the wire can carry. False: its beginning, it is too long."""
         kind: type[Text | Reasoning] = type(event)
         text, fits = event.text, True
-        if isinstance(event, Text):
-            size = len(text.encode("utf-8", "surrogatepass"))
-            room = self._all.config.max_answer_bytes - self._answer_bytes
+        if kind is Text:
+            size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+            room = self._max_bytes - self._answer_bytes
             self._answer_bytes += size
             if size > room:
                 text, fits = _beginning(text, room), False
-        for piece in self._cutters[kind].feed(text):
+        cutter = self._cutters[kind]
+        if fits and cutter.lets_pass(text):
+            self._append(event)
+            return True
+        for piece in cutter.feed(text):
             self._append(kind(piece))
         return fits
 
@@ -233,8 +238,7 @@ class Generation:
             self._all.answer_doubt()
         if log.dropped:
             raise _Stop(None)
-        last = log.last
-        cursor = Cursor(self.epoch, last.seq + 1 if last is not None and last.epoch == self.epoch else 0)
+        cursor = log.next(self.epoch)
         # A log with nothing but `start` proves that nobody has seen anything, so that the session may run again.
         if cursor.seq == 1 and not self._all.writer.write_first(self.storing, cursor, event):
             raise _Stop(None)

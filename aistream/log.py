@@ -52,14 +52,23 @@ class Log:
 
     def append(self, cursor: Cursor, event: Event) -> None:
         """Adds an event and wakes the readers. Without yielding."""
-        self._bases.setdefault(cursor.epoch, len(self.events) - cursor.seq)
+        epoch, seq = cursor
+        if epoch not in self._bases:
+            self._bases[epoch] = len(self.events) - seq
         self.events.append(event)
         self.cursors.append(cursor)
-        if isinstance(event, (Text, Reasoning)):
-            self.text_epoch = cursor.epoch
+        kind = type(event)
+        if kind is Text or kind is Reasoning:
+            self.text_epoch = epoch
         elif is_ending(event):
             self.ended = True
-        self.wake()
+        if self._readers:
+            self.wake()
+
+    def next(self, epoch: int) -> Cursor:
+        """The cursor of the event that `epoch` says next. It is the last epoch here, or a later one."""
+        base = self._bases.get(epoch)
+        return Cursor(epoch, 0 if base is None else len(self.events) - base)
 
     def follows(self, cursor: Cursor) -> bool:
         """Whether `cursor` may come next: the next seq of this epoch, or the first of a later one."""
@@ -88,6 +97,10 @@ class Log:
         frames = self._frames.get(mode)
         if frames is None:
             frames = self._frames[mode] = []
+        if position == len(frames) == len(self.events) - 1:
+            frame = ENCODERS[mode](self.cursors[position], self.events[position])
+            frames.append(frame)
+            return frame, position + 1
         if len(frames) < len(self.events):
             encode = ENCODERS[mode]
             for i in range(len(frames), len(self.events)):

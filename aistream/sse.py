@@ -36,7 +36,9 @@ def text_frame(cursor: Cursor, event: Event) -> bytes:
     LF alone (never `splitlines()`: U+2028 is text).
     """
     if isinstance(event, Text):
-        text = visible(event.text)
+        text = event.text
+        if "\r" in text or "\0" in text:
+            text = visible(text)
         if not text:
             return b""
         lines = text.replace("\n", "\ndata: ") if "\n" in text else text
@@ -87,6 +89,10 @@ class Cutter:
 
     def __init__(self) -> None:
         self._held = ""
+
+    def lets_pass(self, text: str) -> bool:
+        """Whether `text` is its own and only piece: nearly every token's is."""
+        return not self._held and text.isascii() and text[-1:] not in "\r" and text[0] not in "[\0"
 
     def feed(self, text: str) -> list[str]:
         """The pieces that `text` completes; a trailing CR or high surrogate is held back until more comes."""

@@ -19,7 +19,6 @@ from gevent.server import StreamServer
 from gunicorn.workers.ggevent import GeventWorker  # type: ignore[import-untyped]
 
 from aistream import kernel_limits
-from aistream.polling import Polling
 from aistream.sockets import Socket
 
 #: Seconds between two looks of a worker that drains at whether a new connection waits.
@@ -116,7 +115,6 @@ class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
             for short in kernel_limits.shortages(asked, limit, self.cfg.backlog, self.cfg.workers):
                 level = "debug" if config.dev_mode else "warning" if short.warns else "info"
                 getattr(_lines(), level)(short.event, **short.facts)
-        Polling().start()
         super().run()
 
     def server_class(self, sock: Any, *, spawn: Any, **_: Any) -> Listener:

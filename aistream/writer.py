@@ -112,24 +112,24 @@ class LogWriter:
 
     def _write(self, many: list[Storing]) -> None:
         with self._writing:
-            spans = [
-                (one, range(one.stored, min(len(one.log), one.stored + BATCH)))
-                for one in many
-                if not one.log.ended and not one.log.dropped
-            ]
-            batch = [(one.log.session_id, one.log.cursors[i], one.log.events[i]) for one, span in spans for i in span]
+            batch: list[tuple[str, Cursor, Event]] = []
+            spans: list[tuple[Storing, int, int]] = []
+            for one in many:
+                log, stored = one.log, one.stored
+                stop = min(len(log.events), stored + BATCH)
+                if stored < stop and not log.ended and not log.dropped:
+                    spans.append((one, len(batch), stop))
+                    batch += [(log.session_id, log.cursors[i], log.events[i]) for i in range(stored, stop)]
             if not batch:
                 return
             refusals = self._store.append(batch)
             refused = any(refusals)
-            first = 0
-            for one, span in spans:
-                if refused and any(refusals[first : first + len(span)]):
+            for one, first, stop in spans:
+                if refused and any(refusals[first : first + stop - one.stored]):
                     self._judge(one)
                 else:
-                    one.stored = span.stop
-                first += len(span)
-                if one.stored < len(one.log):
+                    one.stored = stop
+                if one.stored < len(one.log.events):
                     self.touch(one)
 
     def _judge(self, storing: Storing) -> None:

@@ -67,7 +67,7 @@ _TELLING = [
     (HTTP, r"/gunicorn/|/flask/|/flask_cors/|/werkzeug/|aistream/app\.py|aistream/api/"),
     (LOG, r"aistream/(generation|asking|log|events|pulse)\.py|aistream/providers/"),
     (LOOPS, r"aistream/(background|follower)\.py"),
-    (HUB, r"^Hub\.run .*gevent/hub\.py|aistream/polling\.py"),
+    (HUB, r"^Hub\.run .*gevent/hub\.py"),
 ]
 _RULES = [(stage, re.compile(pattern)) for stage, pattern in _TELLING]
 #: Under these the provider's connection works for a request, not for an answer.

@@ -34,7 +34,7 @@ ORDER = """
     providers.http1
     providers.failures  providers.adaptation
     providers.base  providers.redaction  providers.bulkhead
-    estimate  sockets  polling
+    estimate  sockets
     callback  telemetry  destination
     environment  shared_metrics  kernel_limits
     tokens

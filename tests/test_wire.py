@@ -2,7 +2,8 @@
 
 import itertools
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
 
 import gevent
 import httpcore2._utils
@@ -14,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aistream.errors import ProviderFailed
-from aistream.providers import failures, wire
+from aistream.events import End
+from aistream.providers import failures, transport, wire
 from aistream.providers.base import Call
 from aistream.session import Request
 
@@ -22,10 +24,35 @@ from aistream.session import Request
 EXAMPLES = settings(deadline=None)
 
 
+class Heard(wire.Reading):
+    """What is read, step by step."""
+
+    def __init__(self) -> None:
+        super().__init__(Call(Request("Hello", "m", "m", "openai"), "m"))
+        self.steps: list[list[bytes]] = []
+
+    def chunks(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        """Begins a step with each."""
+        for chunk in chunks:
+            self.steps.append([])
+            yield chunk
+
+    def take(self, data: bytes) -> None:
+        """One event."""
+        self.steps[-1].append(data)
+
+    def end(self) -> End:
+        """Whatever was said."""
+        return End("stop")
+
+
 def steps(chunks: Iterable[bytes]) -> list[list[bytes]]:
     """The data of the events of a stream that arrives in these chunks, step by step."""
-    events = wire.ServerEvents()
-    return [events.feed(chunk) for chunk in chunks]
+    heard = Heard()
+    body = SimpleNamespace(extensions={transport.BODY: heard.chunks(chunks)})
+    response = SimpleNamespace(headers={"content-type": "text/event-stream"}, http_response=body)
+    wire.read(response, heard, NotImplemented, NotImplemented)
+    return heard.steps
 
 
 def flat(chunks: Iterable[bytes]) -> list[bytes]:

@@ -131,14 +131,6 @@ def limited(request: Request, endpoint: Endpoint) -> list[str]:
     return [f"max_tokens is {request.max_tokens}: limited to {limit} for {endpoint.name}"]
 
 
-def say_step(say: Say, reasoning: str, text: str) -> None:
-    """Says what one step brought: thought comes before word, and an empty one is none."""
-    if reasoning:
-        say(Reasoning(reasoning))
-    if text:
-        say(Text(text))
-
-
 def say_whole(say: Say, reasoning: str, text: str) -> None:
     """Says an answer that came whole, in the pieces of a stream."""
     for kind, whole in ((Reasoning, reasoning), (Text, text)):

@@ -230,6 +230,11 @@ class UntilClose:
         return data
 
 
+#: Sizes of chunks as they were written, which need not be judged again.
+_known_sizes: dict[bytes, int] = {}
+_KNOWN_SIZES = 4096
+
+
 class Chunked:
     """A body in chunks (RFC 9112 7.1)."""
 
@@ -250,9 +255,15 @@ class Chunked:
         pieces: list[bytes] = []
         at = 0
         if self._between:
-            # Whole chunks: servers send each token as one, and under load several arrive at once.
+            # One whole chunk and nothing else: servers send a token so.
+            end = data.find(_CRLF, 0, _DIGITS + 2)
+            if _known_sizes.get(data[:end]) == len(data) - end - 4 and data.endswith(_CRLF):
+                return data[end + 2 : -2]
+            # Whole chunks: under load several arrive at once.
             while (end := data.find(_CRLF, at, at + _DIGITS + 2)) > at and not (size := data[at:end]).strip(_HEX):
                 start, stop = end + 2, end + 2 + int(size, 16)
+                if len(_known_sizes) < _KNOWN_SIZES and stop > start:
+                    _known_sizes[size] = stop - start
                 if stop == start or data[stop : stop + 2] != _CRLF:
                     break
                 pieces.append(data[start:stop])

@@ -176,19 +176,20 @@ class _Reading(wire.Reading):
         if chunk.choices:
             choice = chunk.choices[0]
             self._finish_reason = choice.finish_reason or self._finish_reason
-            if choice.delta is not None:
-                self._take_delta(choice.delta)
+            delta = choice.delta
+            if delta is not None:
+                if type(delta.content) is str:
+                    self.text += delta.content
+                self._take_rest(delta)
 
-    def _take_delta(self, delta: _Delta) -> None:
+    def _take_rest(self, delta: _Delta) -> None:
+        """All but plain content."""
         if isinstance(delta.content, list):
             thought, word = _parts(delta.content)
             self.reasoning += thought
             self.text += word
-        elif delta.content:
-            self.text += delta.content
-        elif delta.refusal:
-            self.text += delta.refusal
         if delta.refusal:
+            self.text += delta.refusal if not delta.content else ""
             self._refused = True
         self.reasoning += delta.reasoning_content or delta.reasoning or ""
 

@@ -175,7 +175,7 @@ def _addresses(host: str, port: int) -> list[Any]:
 class Connection:
     """One connection to a server. `until`: when it has waited long enough for a next request (`time.monotonic()`)."""
 
-    __slots__ = ("_armed", "_parked", "_plain", "_pool", "_sock", "_switch", "_watcher", "origin", "until")
+    __slots__ = ("_armed", "_parked", "_plain", "_pool", "_sock", "_switch", "_timeout", "_watcher", "origin", "until")
 
     def __init__(self, pool: _Pool, origin: Origin, sock: Any) -> None:
         self._pool = pool
@@ -190,6 +190,7 @@ class Connection:
         self._watcher: Any = hub.loop.io(sock.fileno(), _READ)
         self._armed = False
         self._parked: Any = None
+        self._timeout: float | None = None
 
     def send(self, data: bytes, timeout: float | None) -> None:
         """Returns when the kernel has all of it. `timeout`: seconds until it takes some more. Raises WriteTimeout, WriteError."""
@@ -209,6 +210,7 @@ class Connection:
         Raises ReadTimeout, ReadError, RemoteProtocolError.
         """
         self._sock.settimeout(timeout)
+        self._timeout = timeout
         rest = b""
         while True:
             data, rest = self._until_blank_line(rest)
@@ -245,22 +247,19 @@ class Connection:
 
     def _wait(self) -> None:
         """Returns when something may have arrived. Raises TimeoutError, and OSError where another greenlet closes it."""
-        if self._sock.timeout is not None:
+        if self._timeout is not None:
             self._sock._wait(self._sock._read_event)
         elif self._plain is not None:
-            self._park()
+            self._parked = gevent.getcurrent()
+            if not self._armed:
+                self._armed = True
+                self._watcher.start(self._wake)
+            try:
+                self._switch()
+            finally:
+                self._parked = None
         if self._plain is None:
             raise OSError(errno.EBADF, "the connection was closed")
-
-    def _park(self) -> None:
-        self._parked = gevent.getcurrent()
-        if not self._armed:
-            self._armed = True
-            self._watcher.start(self._wake)
-        try:
-            self._switch()
-        finally:
-            self._parked = None
 
     def _wake(self) -> None:
         """In the hub: there is something to read."""

@@ -7,6 +7,7 @@ times what the bytes do.
 from __future__ import annotations
 
 import json
+import re
 import select
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,9 +20,9 @@ import httpx2
 import msgspec
 from gevent import monkey
 
-from aistream.events import End
+from aistream.events import End, Reasoning, Text
 from aistream.providers import transport
-from aistream.providers.base import Call, Say, say_step
+from aistream.providers.base import Call, Say
 from aistream.providers.failures import MALFORMED, failed
 
 T = TypeVar("T")
@@ -113,13 +114,19 @@ def _read(chunks: Iterable[bytes], reading: Reading, say: Say) -> None:
     for chunk in chunks:
         call.heard_at = time.monotonic()
         try:
-            for data in events.feed(chunk):
-                take(data)
+            if not events.rest and (alone := _ALONE(chunk)):
+                take(alone[1])
+            else:
+                for data in events.feed(chunk):
+                    take(data)
         finally:  # also what was said before nonsense in the same step
             if reading.text or reading.reasoning:
                 text, reasoning = reading.text, reading.reasoning
                 reading.text = reading.reasoning = ""
-                say_step(say, reasoning, text)
+                if reasoning:  # thought comes before word
+                    say(Reasoning(reasoning))
+                if text:
+                    say(Text(text))
         if reading.ending is not None:
             return
 
@@ -132,29 +139,31 @@ def _chunks(response: Any) -> Iterable[bytes]:
     return body
 
 
+#: One whole event, of data alone, and nothing else: servers send a token so.
+_ALONE = re.compile(rb"data: ([^\r\n]*)\n\n").fullmatch
+
+
 class ServerEvents:
     """The server-sent events in a byte stream: their data alone, since what their names say stands in it too."""
 
-    __slots__ = ("_rest",)
+    __slots__ = ("rest",)
 
     def __init__(self) -> None:
-        self._rest = b""
+        #: The beginning of an event whose end is still to come.
+        self.rest = b""
 
     def feed(self, chunk: bytes) -> list[bytes]:
         """The events that this chunk completes. Chunks may be cut anywhere.
 
         An event that the end of the stream cuts off is discarded (WHATWG 9.2.6).
         """
-        data = self._rest + chunk if self._rest else chunk
-        if data.startswith(b"data: ") and data.endswith(b"\n\n") and data.count(b"\n") == 2 and b"\r" not in data:
-            self._rest = b""
-            return [data[6:-2]]  # one whole event and nothing else: servers send a token so
+        data = self.rest + chunk if self.rest else chunk
         if b"\r" in data:
             # JSON holds no bare CR or LF, so these are line ends; the LF of a last CR may still be on its way.
             held = b"\r" if data.endswith(b"\r") else b""
             data = data[: len(data) - len(held)].replace(b"\r\n", b"\n").replace(b"\r", b"\n") + held
         blocks = data.split(b"\n\n")
-        self._rest = blocks.pop()
+        self.rest = blocks.pop()
         return [found for found in map(_data, blocks) if found is not None]
 
 
