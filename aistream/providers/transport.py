@@ -234,8 +234,7 @@ class Connection:
         """What has arrived, at least one byte, as soon as there is one; `b""` at the end. Raises ReadTimeout, ReadError."""
         try:
             while True:
-                # First of all: a recv that finds nothing raises, and that costs more than the wait.
-                self._wait()
+                self._wait()  # first of all: a recv that finds nothing raises, and that costs more than the wait
                 try:
                     return self._plain.recv(RECEIVE)  # type: ignore[no-any-return]
                 except BlockingIOError:

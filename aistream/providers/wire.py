@@ -7,7 +7,6 @@ times what the bytes do.
 from __future__ import annotations
 
 import json
-import re
 import select
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -114,8 +113,15 @@ def _read(chunks: Iterable[bytes], reading: Reading, say: Say) -> None:
     for chunk in chunks:
         call.heard_at = time.monotonic()
         try:
-            if not events.rest and (alone := _ALONE(chunk)):
-                take(alone[1])
+            # One whole event, of data alone, and nothing else: servers send a token so.
+            if (
+                chunk[-2:] == b"\n\n"
+                and chunk.find(b"\n") == len(chunk) - 2
+                and chunk[:6] == b"data: "
+                and not events.rest
+                and b"\r" not in chunk
+            ):
+                take(chunk[6:-2])
             else:
                 for data in events.feed(chunk):
                     take(data)
@@ -137,10 +143,6 @@ def _chunks(response: Any) -> Iterable[bytes]:
     if body is None or "content-encoding" in response.headers:
         return response.iter_bytes()  # type: ignore[no-any-return]
     return body
-
-
-#: One whole event, of data alone, and nothing else: servers send a token so.
-_ALONE = re.compile(rb"data: ([^\r\n]*)\n\n").fullmatch
 
 
 class ServerEvents:
