@@ -10,7 +10,6 @@ Whatever is thrown into a waiting greenlet (GreenletExit, a Timeout) closes its 
 
 from __future__ import annotations
 
-import errno
 import socket
 import ssl
 import time
@@ -34,8 +33,6 @@ BODY = "aistream.body"
 CONNECTIONS = 20_000
 IDLE = 100
 IDLE_SECONDS = 30.0
-#: What a watcher waits for.
-_READ = 1
 #: A peer that vanished is noticed after six minutes: the Anthropic SDK's own setting (anthropic 2.12.0, `_base_client.py`), where
 #: the system has the names.
 _OPTIONS = [
@@ -175,7 +172,7 @@ def _addresses(host: str, port: int) -> list[Any]:
 class Connection:
     """One connection to a server. `until`: when it has waited long enough for a next request (`time.monotonic()`)."""
 
-    __slots__ = ("_armed", "_parked", "_plain", "_pool", "_sock", "_switch", "_timeout", "_watcher", "origin", "until")
+    __slots__ = ("_plain", "_pool", "_readable", "_sock", "_wait", "origin", "until")
 
     def __init__(self, pool: _Pool, origin: Origin, sock: Any) -> None:
         self._pool = pool
@@ -183,14 +180,8 @@ class Connection:
         self.until = 0.0
         self._sock: Any = sock
         self._plain = sock._sock
-        hub = gevent.get_hub()
-        self._switch = hub.switch
-        #: Stays at work from one wait to the next, and wakes who waits by itself: gevent's own way starts and stops a watcher
-        #: for each wait (`python -m bench.waiting`).
-        self._watcher: Any = hub.loop.io(sock.fileno(), _READ)
-        self._armed = False
-        self._parked: Any = None
-        self._timeout: float | None = None
+        self._wait = sock._wait
+        self._readable = sock._read_event
 
     def send(self, data: bytes, timeout: float | None) -> None:
         """Returns when the kernel has all of it. `timeout`: seconds until it takes some more. Raises WriteTimeout, WriteError."""
@@ -210,7 +201,6 @@ class Connection:
         Raises ReadTimeout, ReadError, RemoteProtocolError.
         """
         self._sock.settimeout(timeout)
-        self._timeout = timeout
         rest = b""
         while True:
             data, rest = self._until_blank_line(rest)
@@ -233,43 +223,13 @@ class Connection:
     def receive(self) -> bytes:
         """What has arrived, at least one byte, as soon as there is one; `b""` at the end. Raises ReadTimeout, ReadError."""
         try:
-            while True:
-                self._wait()  # first of all: a recv that finds nothing raises, and that costs more than the wait
-                try:
-                    return self._plain.recv(RECEIVE)  # type: ignore[no-any-return]
-                except BlockingIOError:
-                    continue
+            # First of all: a recv that finds nothing raises, and that costs more than the wait (`python -m bench.waiting`).
+            self._wait(self._readable)
+            return self._sock.recv(RECEIVE)  # type: ignore[no-any-return]
         except TimeoutError as error:
             raise httpx2.ReadTimeout(str(error)) from error
         except OSError as error:
             raise httpx2.ReadError(str(error)) from error
-
-    def _wait(self) -> None:
-        """Returns when something may have arrived. Raises TimeoutError, and OSError where another greenlet closes it."""
-        if self._timeout is not None:
-            self._sock._wait(self._sock._read_event)
-        elif self._plain is not None:
-            self._parked = gevent.getcurrent()
-            if not self._armed:
-                self._armed = True
-                self._watcher.start(self._wake)
-            try:
-                self._switch()
-            finally:
-                self._parked = None
-        if self._plain is None:
-            raise OSError(errno.EBADF, "the connection was closed")
-
-    def _wake(self) -> None:
-        """In the hub: there is something to read."""
-        if self._parked is None:
-            self._disarm()  # who reads is elsewhere, and would be called for again and again
-        else:
-            self._parked.switch()
-
-    def _disarm(self) -> None:
-        self._armed = False
-        self._watcher.stop()
 
     @property
     def alive(self) -> bool:
@@ -284,20 +244,14 @@ class Connection:
 
     def keep(self) -> None:
         """Leaves it to the next request."""
-        self._disarm()
         self._pool.keep(self)
 
     def close(self) -> None:
         """For the first time it closes it; whoever waits in it gets a ReadError."""
-        if self._plain is None:
-            return
-        self._plain = None
-        self._disarm()
-        self._watcher.close()
-        if self._parked is not None:
-            gevent.get_hub().loop.run_callback(self._parked.switch)
-        self._sock.close()
-        self._pool.leave()
+        if self._plain is not None:
+            self._plain = None
+            self._sock.close()
+            self._pool.leave()
 
 
 class SecureConnection(Connection):
@@ -309,7 +263,7 @@ class SecureConnection(Connection):
         """See `Connection.receive`."""
         try:
             if not self._sock.pending():  # of a record that has been taken from the kernel
-                self._wait()
+                self._wait(self._readable)
             return self._sock.recv(RECEIVE)  # type: ignore[no-any-return]
         except TimeoutError as error:
             raise httpx2.ReadTimeout(str(error)) from error
