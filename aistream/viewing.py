@@ -250,7 +250,7 @@ class Viewer:
         try:
             woken_by_log = waiter.get() is _BY_LOG
         finally:
-            self._waiter = None
+            self._waiter = self._look_again = None
             if not woken_by_log:
                 log.discard_reader(look)
 

@@ -306,3 +306,11 @@ def test_an_unknown_commit_is_one_clear_line(repository: Path) -> None:
         hotpath.main(["--compare", "no-such-commit"])
 
     assert exit_.value.code == "git knows no commit no-such-commit"
+
+
+def test_the_ways_to_wait_for_a_token_are_measured_beside_one_another() -> None:
+    ran = subprocess.run([sys.executable, "-m", "bench.waiting", "0.3"], cwd=ROOT, capture_output=True, text=True, check=True)
+
+    figures = [line.split() for line in ran.stdout.splitlines()[1:]]
+    assert [name for name, *_ in figures] == ["recv", "wait", "watcher", "pump"]
+    assert all(float(spent) > 0 for _, spent, *_ in figures)
