@@ -1,6 +1,5 @@
 """gunicorn's settings, from the service's own configuration. Read by `gunicorn wsgi:app` in this folder by itself."""
 
-import gc
 import os
 import sys
 
@@ -55,15 +54,8 @@ def when_ready(server):
 
 
 def post_worker_init(worker):
-    """Starts the worker's loops, after fork and patch, and takes what is loaded by now out of the garbage collector's sight.
-
-    The modules are half a million objects that never become garbage; going through them again and again cost a seventh of
-    all CPU.
-    """
-    worker.background.start()
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(10_000, 20, 20)
+    """Starts the worker's loops, after fork and patch."""
+    worker.begin()
 
 
 def worker_exit(server, worker):

@@ -1,6 +1,6 @@
 """The follower: one greenlet that fills the logs of sessions that this worker watches but does not generate.
 
-One XREAD over all followed logs, about every 25 ms while there are any. All viewers of a session share one log, read from
+One XREAD over all followed logs, about every 15 ms while there are any. All viewers of a session share one log, read from
 the store once from its beginning.
 """
 
@@ -21,7 +21,7 @@ from aistream.store import AWAY, Store
 from aistream.telemetry import log as lines
 
 #: Seconds between two reads.
-PERIOD = 0.025
+PERIOD = 0.015
 
 
 class _Followed:

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 import gevent
 import msgspec
@@ -97,7 +98,9 @@ class Generation:
         self._answer_bytes = 0
         self._max_bytes = generations.config.max_answer_bytes
         #: Its way to an answer.
-        self.asking = Asking(generations.config, generations.providers, claimed.request, session_id, self._written)
+        # Not by a method of this one: what refers back to its owner is freed by the garbage collector alone.
+        written = partial(_written, self.log)
+        self.asking = Asking(generations.config, generations.providers, claimed.request, session_id, written)
         self._cutters: dict[type[Text | Reasoning], Cutter] = {Text: Cutter(), Reasoning: Cutter()}
 
     @property
@@ -108,7 +111,11 @@ class Generation:
     def start(self) -> None:
         """Runs it in a greenlet of its own."""
         self._greenlet = gevent.spawn(self._run)
-        self._greenlet.link(lambda _: self._all.ended(self))
+        self._greenlet.link(self._end)
+
+    def _end(self, _greenlet: object) -> None:
+        self._greenlet = None
+        self._all.ended(self)
 
     def stop(self, ending: Ending | None) -> None:
         """Ends it now, unless it is ending already. None: it belongs to somebody else, show nothing more."""
@@ -194,9 +201,6 @@ class Generation:
             self._usage = event
         elif not self._say(event):
             raise _TooLong
-
-    def _written(self) -> list[str]:
-        return [self.log.answer(), self.log.reasoning()]
 
     def _estimate(self) -> Usage:
         """The usage of an answer whose provider has not said it, or not to the end: what is known, and the rest estimated."""
@@ -541,6 +545,10 @@ def _report(session_id: str, epoch: int, request: Request, outcome: Outcome, eve
         queued_ms=outcome.queued_ms,
         duration_ms=duration_ms,
     )
+
+
+def _written(log: Log) -> list[str]:
+    return [log.answer(), log.reasoning()]
 
 
 def _beginning(text: str, size: int) -> str:

@@ -18,7 +18,7 @@ from gevent.select import select
 from gevent.server import StreamServer
 from gunicorn.workers.ggevent import GeventWorker  # type: ignore[import-untyped]
 
-from aistream import kernel_limits
+from aistream import garbage, kernel_limits
 from aistream.sockets import Socket
 
 #: Seconds between two looks of a worker that drains at whether a new connection waits.
@@ -101,6 +101,12 @@ class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
     def background(self) -> Any:
         """The loops of the app that this worker serves."""
         return self.wsgi.extensions["aistream"].background
+
+    def begin(self) -> None:
+        """Starts the loops, after fork and patch, before it serves."""
+        self.background.start()
+        garbage.settle()
+        gevent.spawn(garbage.run)
 
     def run(self) -> None:
         """Serves, with no more connections than there are file descriptors for; the service's first worker says what is short.

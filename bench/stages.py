@@ -66,7 +66,7 @@ _TELLING = [
     (SEND, r"^Response\.(write|_emit_body) .*gunicorn/|^write(_chunk)? .*gunicorn/"),
     (HTTP, r"/gunicorn/|/flask/|/flask_cors/|/werkzeug/|aistream/app\.py|aistream/api/"),
     (LOG, r"aistream/(generation|asking|log|events|pulse)\.py|aistream/providers/"),
-    (LOOPS, r"aistream/(background|follower)\.py"),
+    (LOOPS, r"aistream/(background|follower|garbage)\.py"),
     (HUB, r"^Hub\.run .*gevent/hub\.py"),
 ]
 _RULES = [(stage, re.compile(pattern)) for stage, pattern in _TELLING]

@@ -16,6 +16,7 @@ ORDER = """
     __main__
     cli
     app  worker
+    garbage
     api.demo
     api.init  api.stream  api.health  api.operator
     api

@@ -245,8 +245,8 @@ class Chunked:
         self.fault = ""
         self._rest = b""
         self._left = 0
-        #: Takes what stands at a position, and says where the next thing does; None: it is not there yet.
-        self._step: Callable[[bytes, int, list[bytes]], int | None] = self._size
+        #: The method that takes what stands at a position, and says where the next thing does; None: it is not there yet.
+        self._step: Callable[[Chunked, bytes, int, list[bytes]], int | None] = Chunked._size
         #: Nothing of a chunk has been seen yet.
         self._between = True
 
@@ -278,13 +278,13 @@ class Chunked:
 
     def _feed(self, data: bytes, at: int, pieces: list[bytes]) -> None:
         place: int | None
-        while not self.ended and (place := self._step(data, at, pieces)) is not None:
+        while not self.ended and (place := self._step(self, data, at, pieces)) is not None:
             at = place
         self._rest = data[at:]
         if not self.ended and len(self._rest) > MAX_HEAD:
             self._fail("a line of a chunked body is too long")
         self.clean = self.ended and not self.fault and not self._rest
-        self._between = self._step == self._size and not self._rest
+        self._between = self._step is Chunked._size and not self._rest
 
     def _fail(self, fault: str) -> None:
         self.ended, self.fault = True, fault
@@ -298,7 +298,7 @@ class Chunked:
             self._fail("illegal size of a chunk")
             return at
         self._left = int(line[1], 16)
-        self._step = self._data if self._left else self._trailers
+        self._step = Chunked._data if self._left else Chunked._trailers
         return end + 2
 
     def _data(self, data: bytes, at: int, pieces: list[bytes]) -> int | None:
@@ -308,7 +308,7 @@ class Chunked:
         pieces.append(piece)
         self._left -= len(piece)
         if not self._left:
-            self._step = self._footer
+            self._step = Chunked._footer
         return at + len(piece)
 
     def _footer(self, data: bytes, at: int, _: list[bytes]) -> int | None:
@@ -318,7 +318,7 @@ class Chunked:
             return at
         if len(end) < 2:
             return None
-        self._step = self._size
+        self._step = Chunked._size
         return at + 2
 
     def _trailers(self, data: bytes, at: int, _: list[bytes]) -> int | None:
