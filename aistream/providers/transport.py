@@ -14,7 +14,7 @@ import socket
 import ssl
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gevent
@@ -114,7 +114,6 @@ class Transport(httpx2.BaseTransport):
             sock = _connected(host, port, timeout)
             if scheme == "https":
                 sock = self._secured(sock, server_name or host)
-                return SecureConnection(self._pool, origin, sock)
             return Connection(self._pool, origin, sock)
         except BaseException as error:
             self._pool.leave()
@@ -170,9 +169,9 @@ def _addresses(host: str, port: int) -> list[Any]:
 
 
 class Connection:
-    """One connection to a server. `until`: when it has waited long enough for a next request (`time.monotonic()`)."""
+    """One connection to a server, with or without TLS. `until`: when it has waited long enough (`time.monotonic()`)."""
 
-    __slots__ = ("_plain", "_pool", "_readable", "_sock", "_wait", "origin", "until")
+    __slots__ = ("_pending", "_plain", "_pool", "_readable", "_sock", "_wait", "origin", "until")
 
     def __init__(self, pool: _Pool, origin: Origin, sock: Any) -> None:
         self._pool = pool
@@ -182,6 +181,8 @@ class Connection:
         self._plain = sock._sock
         self._wait = sock._wait
         self._readable = sock._read_event
+        #: Bytes of a TLS record that has been taken from the kernel already; of a plain socket there are none.
+        self._pending: Callable[[], int] = getattr(sock, "pending", int)
 
     def send(self, data: bytes, timeout: float | None) -> None:
         """Returns when the kernel has all of it. `timeout`: seconds until it takes some more. Raises WriteTimeout, WriteError."""
@@ -223,8 +224,9 @@ class Connection:
     def receive(self) -> bytes:
         """What has arrived, at least one byte, as soon as there is one; `b""` at the end. Raises ReadTimeout, ReadError."""
         try:
-            # First of all: a recv that finds nothing raises, and that costs more than the wait (`python -m bench.waiting`).
-            self._wait(self._readable)
+            if not self._pending():
+                # First of all: a recv that finds nothing raises, and that costs more than the wait (`python -m bench.waiting`).
+                self._wait(self._readable)
             return self._sock.recv(RECEIVE)  # type: ignore[no-any-return]
         except TimeoutError as error:
             raise httpx2.ReadTimeout(str(error)) from error
@@ -234,6 +236,8 @@ class Connection:
     @property
     def alive(self) -> bool:
         """Whether the server has left it open, and has said nothing unasked."""
+        if self._pending():
+            return False
         try:
             self._plain.recv(1, PEEK)
         except BlockingIOError:
@@ -252,28 +256,6 @@ class Connection:
             self._plain = None
             self._sock.close()
             self._pool.leave()
-
-
-class SecureConnection(Connection):
-    """One with TLS."""
-
-    __slots__ = ()
-
-    def receive(self) -> bytes:
-        """See `Connection.receive`."""
-        try:
-            if not self._sock.pending():  # of a record that has been taken from the kernel
-                self._wait(self._readable)
-            return self._sock.recv(RECEIVE)  # type: ignore[no-any-return]
-        except TimeoutError as error:
-            raise httpx2.ReadTimeout(str(error)) from error
-        except OSError as error:
-            raise httpx2.ReadError(str(error)) from error
-
-    @property
-    def alive(self) -> bool:
-        """See `Connection.alive`."""
-        return not self._sock.pending() and super().alive
 
 
 class Body(httpx2.SyncByteStream):
