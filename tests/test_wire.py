@@ -2,7 +2,7 @@
 
 import itertools
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 
 import gevent
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from aistream.errors import ProviderFailed
 from aistream.events import End
-from aistream.providers import failures, transport, wire
+from aistream.providers import anthropic, failures, openai, transport, wire
 from aistream.providers.base import Call
 from aistream.session import Request
 
@@ -141,6 +141,34 @@ def test_any_stream_in_any_pieces_is_read_as_an_independent_decoder_reads_it(par
 
     expected = [event.data for event in EventSource(response).iter_sse() if event.data]
     assert [data.decode() for data in events if data] == expected
+
+
+@pytest.mark.parametrize(
+    ("reading", "word", "error"),
+    [
+        (openai._Reading, '{"choices":[{"delta":{"content":"the whole answer so far"}}]}', '{"error":%s}'),
+        (
+            anthropic._Reading,
+            '{"type":"content_block_delta","delta":{"text":"the whole answer so far"}}',
+            '{"type":"error","error":%s}',
+        ),
+    ],
+    ids=["openai", "anthropic"],
+)
+def test_an_error_that_quotes_the_words_of_its_own_step_takes_none_of_them_into_the_log(
+    reading: Callable[[Call], wire.Reading], word: str, error: str
+) -> None:
+    said: list[str] = []
+    call = Call(Request("Hello", "m", "m", "openai"), "m", written=lambda: said)
+    quoting = error % '{"message":"Flagged: the whole answer so far"}'
+    body = SimpleNamespace(extensions={transport.BODY: [f"data: {word}\n\ndata: {quoting}\n\n".encode()]})
+    response = SimpleNamespace(headers={"content-type": "text/event-stream"}, http_response=body)
+
+    with pytest.raises(ProviderFailed) as failed:
+        wire.read(response, reading(call), NotImplemented, lambda event: said.append(event.text))
+
+    assert said == ["the whole answer so far"]
+    assert failed.value.log_detail["provider_message"] == "Flagged: […]"
 
 
 # ---- A provider's JSON ----

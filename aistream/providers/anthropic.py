@@ -227,10 +227,11 @@ class _Reading(wire.Reading):
             case "message_stop":
                 self._stopped = True
             case "error":
-                if not failures.filtered(event.error):
-                    raise failures.error_event(event.error, self.call)
-                # OpenAI ends such an answer with this finish reason; Anthropic has an error event for it.
-                self.ending = End("content_filter")
+                if failures.filtered(event.error):
+                    # OpenAI ends such an answer with this finish reason; Anthropic has an error event for it.
+                    self.ending = End("content_filter")
+                else:
+                    self.error = event.error or {}
 
     def _start(self, message: _Message) -> None:
         self.call.model = message.model or self.call.model

@@ -149,7 +149,7 @@ class OpenAIProvider:
         kind = openai.Stream if streamed else None
         with (
             translated(call, openai.APIStatusError, openai.APIConnectionError),
-            wire.posted(self._client, "/chat/completions", body, kind) as response,
+            wire.posted(self._client, "/chat/completions", {**body, "stream": streamed}, kind) as response,
         ):
             return wire.read(response, _Reading(call), _whole, say)
 
@@ -168,7 +168,8 @@ class _Reading(wire.Reading):
             return  # not every compatible server sends it: the finish reason is the mark of an end
         chunk = wire.decode(data, _chunk)
         if chunk.error is not None:
-            raise failures.error_event(chunk.error, self.call)
+            self.error = chunk.error
+            return
         if chunk.model:
             self.call.model = chunk.model
         if chunk.usage is not None:  # the last chunk's; some servers send what it is so far with each

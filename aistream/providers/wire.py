@@ -22,7 +22,7 @@ from gevent import monkey
 from aistream.events import End, Reasoning, Text
 from aistream.providers import transport
 from aistream.providers.base import Call, Say
-from aistream.providers.failures import MALFORMED, failed
+from aistream.providers.failures import MALFORMED, error_event, failed
 
 T = TypeVar("T")
 
@@ -72,8 +72,9 @@ class Reading:
         #: What the events of this step have said so far.
         self.text = ""
         self.reasoning = ""
-        #: It is over before the stream is.
+        #: It is over before the stream is: cut off, or by what the provider says of an error.
         self.ending: End | None = None
+        self.error: Any = None
 
     def take(self, data: bytes) -> None:
         """Takes the data of one event. Raises ProviderFailed."""
@@ -125,6 +126,8 @@ def _read(chunks: Iterable[bytes], reading: Reading, say: Say) -> None:
             else:
                 for data in events.feed(chunk):
                     take(data)
+                    if reading.error is not None:
+                        break
         finally:  # also what was said before nonsense in the same step
             if reading.text or reading.reasoning:
                 text, reasoning = reading.text, reading.reasoning
@@ -133,6 +136,8 @@ def _read(chunks: Iterable[bytes], reading: Reading, say: Say) -> None:
                     say(Reasoning(reasoning))
                 if text:
                     say(Text(text))
+        if reading.error is not None:  # after the words of the same step, which it may quote: a log must not have them
+            raise error_event(reading.error, call)
         if reading.ending is not None:
             return
 
