@@ -64,9 +64,9 @@ def facts(files: int) -> dict[str, Any]:
 
 
 def build() -> str:
-    """Whether this interpreter was built with what makes it faster: 10 to 15 % of all Python."""
+    """Whether this interpreter was configured with what makes it faster by 10 to 15 %. (Debian does the like in its own way.)"""
     arguments = str(sysconfig.get_config_var("CONFIG_ARGS"))
-    return "an optimised build" if "--enable-optimizations" in arguments else "built without profile-guided optimisation"
+    return f"configured {'with' if '--enable-optimizations' in arguments else 'without'} --enable-optimizations"
 
 
 def commit() -> str:
