@@ -350,7 +350,7 @@ def slow(ask: Ask) -> Iterator[Step]:
     return long(ask)
 
 
-@scenario("hold", n=5, k=2, d=25)
+@scenario("hold", n=5, k=2, d=60)
 def hold(ask: Ask) -> Iterator[Step]:
     """-n words, -d ms apart, but after -k of them it waits for `ProviderServer.release()`."""
     # Apart, since tests count them as events, and what arrives at once is one.
