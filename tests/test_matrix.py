@@ -58,7 +58,10 @@ def models_file(provider: ProviderServer) -> str:
 def counts(service: Service, *providers: str) -> dict[str, Counter[tuple[str, ...]]]:
     """What is counted of these providers by now."""
     found: dict[str, Counter[tuple[str, ...]]] = {provider: Counter() for provider in providers}
-    for metric in text_string_to_metric_families(service.get("/metrics").text):
+    # Parsed are only their own lines: the page has those of all lanes, and is read twice for each cell.
+    page = service.get("/metrics").text.splitlines(keepends=True)
+    own = [line for line in page if line.startswith("# TYPE") or any(f'provider="{name}"' in line for name in providers)]
+    for metric in text_string_to_metric_families("".join(own)):
         for sample in metric.samples:
             provider = sample.labels.get("provider", "")
             if metric.name in COUNTED and sample.name.endswith("_total") and provider in found:
