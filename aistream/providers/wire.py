@@ -126,7 +126,7 @@ def _read(chunks: Iterable[bytes], reading: Reading, say: Say) -> None:
             else:
                 for data in events.feed(chunk):
                     take(data)
-                    if reading.error is not None:
+                    if reading.error is not None or reading.ending is not None:
                         break
         finally:  # also what was said before nonsense in the same step
             if reading.text or reading.reasoning:
