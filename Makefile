@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# The tests mostly wait: two processes side by side take half the time.
+PYTEST_PROCESSES ?= 2
 BENCH_ARGS ?=
 LOCK_ARGS ?=
 N8N_HOME ?= .n8n
@@ -24,7 +26,7 @@ run: runtime  ## start the service for development, on http://127.0.0.1:8000 (PO
 test: dev  ## run all checks and tests, installing what they need (PYTEST_ARGS="-k name")
 	@scripts/ensure-test-tools $(VENV)
 	@$(MAKE) lint
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests $(PYTEST_ARGS)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests -n $(PYTEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 test-n8n: dev  ## run the tests against a real n8n, installed into .n8n (3 GB, 8 minutes; N8N_HOME=folder for another)
 	@scripts/ensure-n8n "$(N8N_HOME)"

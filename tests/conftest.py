@@ -4,6 +4,10 @@ from gevent import monkey
 
 monkey.patch_all()
 
+from tests import side_by_side
+
+side_by_side.use_real_threads()
+
 import dataclasses
 import gc
 import os

@@ -23,7 +23,7 @@ from tests.neighbours.receiver import FINISHED_ALREADY, WRONG_METHOD, Answer, Re
 from tests.service import ROOT, SECRET, Service, n8n_token, wait_until
 from tests.test_callbacks import dead, ended
 
-UNKNOWN = str(uuid.uuid4())
+UNKNOWN = "6b84af1a-3299-4de7-9473-23c993710c18"
 
 
 def ask(client: FlaskClient, path: str, method: str = "GET", **claims: Any) -> TestResponse:
