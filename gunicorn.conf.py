@@ -3,7 +3,7 @@
 import os
 import sys
 
-from aistream import kernel_limits, shared_metrics
+from aistream import kernel_limits, loglines, server_lines, shared_metrics
 from aistream.environment import load
 from aistream.errors import ConfigError
 
@@ -28,7 +28,10 @@ limit_request_field_size = 16_384
 limit_request_fields = 64
 # The service writes its own lines, without query strings: those hold access tokens.
 accesslog = None
-loglevel = service.log_level
+# In the form of ours, and never at debug: then gunicorn quotes clients.
+server_lines.Logger.as_text = loglines.wants_text(service)
+logger_class = server_lines.Logger
+loglevel = "info" if service.log_level == "debug" else service.log_level
 # Heartbeat files on disk can block a worker for seconds.
 worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None
 control_socket_disable = True
@@ -50,7 +53,11 @@ def when_ready(server):
     """Says where it is and what it runs on."""
     store = "embedded store (forgotten at exit; set REDIS_URL to keep sessions)" if service.embedded_store else "Redis"
     address = service.base_url if service.dev_mode else f"{service.host}:{service.port}, for browsers {service.base_url}"
-    print(f"aistream is ready: {address}{'/' if service.dev_mode else ''}   [{store}]", file=sys.stderr, flush=True)
+    ready = f"aistream is ready: {address}{'/' if service.dev_mode else ''}   [{store}]"
+    if server_lines.Logger.as_text:
+        print(ready, file=sys.stderr, flush=True)
+    else:
+        server.log.info(ready)
 
 
 def post_worker_init(worker):

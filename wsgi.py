@@ -8,7 +8,7 @@ import sys
 
 import gevent
 
-from aistream import kernel_limits
+from aistream import kernel_limits, telemetry
 from aistream.app import create_app
 from aistream.environment import load
 from aistream.errors import ConfigError
@@ -21,5 +21,6 @@ try:
     # For `flask run`; gunicorn's worker does it once more, with the number of connections that gunicorn was given.
     kernel_limits.raise_descriptors(kernel_limits.demand(config).wanted)
     app = create_app(config)
+    telemetry.own_process(config, gevent.get_hub())
 except ConfigError as error:
     sys.exit(str(error))

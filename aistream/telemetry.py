@@ -8,17 +8,16 @@ from __future__ import annotations
 import logging
 import os
 import re
-import sys
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TextIO, cast
 
-import msgspec
 import structlog
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
+from aistream import loglines
 from aistream.config import Config
 from aistream.events import Usage
 from aistream.session import Counts
@@ -102,22 +101,31 @@ _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARN
 
 def configure(config: Config) -> None:
     """Sets up this process's log lines. May be called again, with another configuration."""
-    console = config.log_format == "console" or (config.log_format == "auto" and sys.stdout.isatty())
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            _exception_without_values,
-            structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer(serializer=_json),
+            loglines.without_values,
+            loglines.harmless,
+            structlog.dev.ConsoleRenderer()
+            if loglines.wants_text(config)
+            else structlog.processors.JSONRenderer(serializer=loglines.to_json),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[config.log_level]),
-        logger_factory=structlog.WriteLoggerFactory(file=cast(TextIO, _Stdout())),
+        logger_factory=structlog.WriteLoggerFactory(file=cast(TextIO, loglines.Stdout())),
         cache_logger_on_first_use=False,
     )
-    logging.getLogger("werkzeug").addFilter(_without_query)
     # The HTTP client's own line holds whole URLs.
     logging.getLogger("httpx2").setLevel(logging.WARNING)
     logging.getLogger("urllib3").setLevel(logging.WARNING)
+
+
+def own_process(config: Config, hub: Any) -> None:
+    """For whoever owns the process, once: whatever else is said in it takes the form of our lines. `hub`: gevent's."""
+    loglines.take_over(log, hub, as_text=loglines.wants_text(config))
+    werkzeug = logging.getLogger("werkzeug")
+    werkzeug.addFilter(_without_query)
+    werkzeug.propagate = False  # `flask run` keeps its own form: a person reads it
 
 
 def callback_attempted(outcome: str, seconds: float, age: float) -> None:
@@ -199,42 +207,20 @@ def exposition(counts: Counts) -> tuple[bytes, str]:
     return generate_latest(shown), CONTENT_TYPE_LATEST
 
 
-def _json(event: Any, **_: Any) -> str:
-    return msgspec.json.encode(event, enc_hook=str).decode()
-
-
-class _Stdout:
-    """Whatever standard output is when a line is written: a test or a server may have put another in its place."""
-
-    def write(self, text: str) -> None:
-        sys.stdout.write(text)
-
-    def flush(self) -> None:
-        sys.stdout.flush()
-
-
-def _exception_without_values(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Where and what, never the message: an exception's text may quote a prompt, a URL or a key."""
-    error = event.pop("error", None)
-    if isinstance(error, BaseException):
-        frames = []
-        trace = error.__traceback__
-        while trace is not None:
-            code = trace.tb_frame.f_code
-            frames.append(f"{code.co_filename.rsplit('/', 1)[-1]}:{trace.tb_lineno} {code.co_name}")
-            trace = trace.tb_next
-        event["exception"] = type(error).__name__
-        event["trace"] = frames[-8:]
-    elif error is not None:
-        event["error"] = error
-    return event
-
-
 def _without_query(record: logging.LogRecord) -> bool:
-    """Werkzeug's line of a request, as `flask run` prints it, without the query: it holds the access token."""
-    if isinstance(record.args, tuple):
-        record.args = tuple(_QUERY.sub("", arg) if isinstance(arg, str) else arg for arg in record.args)
+    """Werkzeug's lines, as `flask run` prints them, without what a client sent but the path: the query is an access token."""
+    message = str(record.msg)
+    if "Error on request" in message:
+        record.msg, record.args = "Error on request", ()  # the traceback ends with the exception's message
+    elif isinstance(record.args, tuple):
+        unread = "code %d, message" in message
+        record.args = tuple(_shown(arg, unread) if isinstance(arg, str) else arg for arg in record.args)
     return True
+
+
+def _shown(arg: str, unread: bool) -> str:
+    # "Bad request syntax ('GET /…')": a request line that cannot be read may have the token anywhere.
+    return arg.partition("(")[0].rstrip() if unread else _QUERY.sub("", arg)
 
 
 _QUERY = re.compile(r"\?[^\s\"]*")

@@ -37,6 +37,8 @@ ORDER = """
     providers.base  providers.redaction  providers.bulkhead
     estimate  sockets
     callback  telemetry  destination
+    server_lines
+    loglines
     environment  shared_metrics  kernel_limits
     tokens
     session
@@ -71,7 +73,7 @@ ONLY = {
     "jwt": ["tokens"],
     "flask": ["app", "api"],
     "flask_cors": ["api"],
-    "gunicorn": ["worker"],
+    "gunicorn": ["worker", "server_lines"],
     "dotenv": ["environment"],
     "structlog": ["telemetry"],
     "prometheus_client": ["telemetry"],
