@@ -42,8 +42,11 @@ _BY_LOG, _BY_ANOTHER = object(), object()
 class Viewer:
     """One EventSource connection. `stream()` is its response body; `close()` may come at any time, more than once."""
 
-    def __init__(self, viewing: Viewing, session_id: str, cursor: Cursor | None, mode: Mode) -> None:
+    def __init__(
+        self, viewing: Viewing, session_id: str, cursor: Cursor | None, mode: Mode, request_id: str | None = None
+    ) -> None:
         self.session_id = session_id
+        self.request_id = request_id
         # No event has epoch 0: whoever says so has seen none.
         self.cursor = cursor if cursor is not None and cursor.epoch else None
         self.mode = mode
@@ -171,6 +174,7 @@ class Viewer:
             gone=self.gone,
             **({"slow": True} if self.slow else {}),
             duration_ms=round((time.monotonic() - self._began) * 1000),
+            request_id=self.request_id,
         )
 
     def _look(self) -> None:

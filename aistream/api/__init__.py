@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 import uuid
 from dataclasses import dataclass
 from typing import Any, cast
@@ -26,6 +27,10 @@ from aistream.viewing import Viewing
 
 #: Request ids are taken over only if they are harmless in a log line.
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
+#: W3C Trace Context: version 00, the trace's id, the caller's span, flags. Neither id may be all zeros.
+_TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+#: Endpoints that are asked every few seconds for as long as the service lives: their lines are at debug.
+_INCESSANT = {"health.alive", "health.ready", "operator.metrics"}
 
 _TITLES = {404: "Not found", 405: "Method not allowed", 413: "The request is too large"}
 
@@ -59,6 +64,7 @@ def json_response(value: Any, status: int = 200, mimetype: str = "application/js
 
 def problem(error: Problem) -> Response:
     """RFC 9457, with `ok: false` for clients of the original service, a stable `code`, and every faulty field by name."""
+    tell(code=error.code)
     body: dict[str, Any] = {
         "ok": False,
         "type": "about:blank",
@@ -73,6 +79,11 @@ def problem(error: Problem) -> Response:
     response = json_response(body, error.status, "application/problem+json")
     response.headers.extend(error.headers)
     return response
+
+
+def tell(**facts: Any) -> None:
+    """Adds to this request's line. `event`: its name, in place of request.finished; None where another line tells of it."""
+    g.setdefault("facts", {}).update(facts)
 
 
 def bearer() -> str | None:
@@ -107,6 +118,7 @@ def init_app(app: Flask, config: Config) -> None:
     app.before_request(_begin)
     app.teardown_request(_end)
     app.after_request(_finish_headers)
+    app.after_request(_write_line)  # runs first: of these the last one does
     app.register_error_handler(Problem, problem)
     app.register_error_handler(HTTPException, _http_error)
     app.register_error_handler(Exception, _unexpected)
@@ -119,6 +131,10 @@ def _begin() -> None:
     background.requests += 1
     given = request.headers.get("X-Request-ID", "")
     g.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    g.began = time.monotonic()
+    traced = _TRACEPARENT.fullmatch(request.headers.get("traceparent", ""))
+    if traced:
+        tell(trace_id=traced[1])
 
 
 def _end(_error: BaseException | None) -> None:
@@ -131,6 +147,23 @@ def _finish_headers(response: Response) -> Response:
     response.headers["X-Request-ID"] = g.get("request_id", "")
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["Referrer-Policy"] = "no-referrer"
+    return response
+
+
+def _write_line(response: Response) -> Response:
+    """One line for each request, with its route and not its path: what a client wrote there may be anything."""
+    facts = {"event": "request.finished", **g.get("facts", {})}
+    event = facts.pop("event")
+    if event is not None:
+        (lines.debug if request.endpoint in _INCESSANT else lines.info)(
+            event,
+            **facts,
+            method=request.method,
+            route=request.url_rule and request.url_rule.rule,
+            status=response.status_code,
+            duration_ms=round((time.monotonic() - g.get("began", time.monotonic())) * 1000, 1),
+            request_id=g.get("request_id"),
+        )
     return response
 
 

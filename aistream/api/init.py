@@ -16,7 +16,7 @@ from flask import Blueprint, Response, request
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from werkzeug.exceptions import RequestEntityTooLarge
 
-from aistream.api import bearer, json_response, parts
+from aistream.api import bearer, json_response, parts, tell
 from aistream.callback import timestamp
 from aistream.config import Config
 from aistream.endpoints import Effort
@@ -167,6 +167,10 @@ def accept(body: dict[str, Any], caller: Caller, key: IdempotencyKey | None = No
             title="The Idempotency-Key belongs to another request",
         )
     session_id = accepted.id
+    if session_id == fresh_id:
+        tell(event="session.accepted", session=session_id, provider=asked_of_model.provider, model=asked_of_model.model)
+    else:
+        tell(session=session_id, replayed=True)
     # As long as the session can be watched: a reconnect with the same URL must find its token good.
     expires_at = math.ceil(
         time.time() + config.session_ttl_seconds + config.max_stream_seconds + config.keep_seconds + config.replay_seconds

@@ -11,14 +11,13 @@ from typing import Any
 
 from flask import Blueprint, Response, request
 
-from aistream.api import bearer, json_response, normal_id, parts
+from aistream.api import bearer, json_response, normal_id, parts, tell
 from aistream.callback import description
 from aistream.endpoints import Defaults
 from aistream.errors import Conflict, Fault, InvalidRequest, NotFound, Unauthorized
 from aistream.outbox import Redelivery
 from aistream.providers import Listing
 from aistream.telemetry import exposition
-from aistream.telemetry import log as lines
 from aistream.tokens import Caller
 
 bp = Blueprint("operator", __name__)
@@ -44,6 +43,7 @@ def session(session_id: str) -> Response:
     record = parts().store.outbox.record(normal_id(session_id))
     if record is None or record.subject != caller.subject:
         raise NotFound("There is no such session, or it is no longer kept.")
+    tell(session=record.id)
     return json_response({"ok": True, **description(record)})
 
 
@@ -83,7 +83,7 @@ def redeliver(session_id: str) -> Response:
     if outcome in _NOT_REDELIVERED:
         code, detail = _NOT_REDELIVERED[outcome]
         raise Conflict(detail, code=code)
-    lines.info("callback.redelivered", session=session_id, found=outcome)
+    tell(event="callback.redelivered", session=session_id, found=outcome)
     record = parts().store.outbox.record(session_id)
     if record is not None and record.callback is not None:
         parts().delivery.wake(session_id, record.callback.origin)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from flask import Blueprint, Response, request
+from flask import Blueprint, Response, g, request
 
-from aistream.api import bearer, json_response, normal_id, parts
+from aistream.api import bearer, json_response, normal_id, parts, tell
 from aistream.errors import NotFound, Refused, StoreUnavailable
 from aistream.events import Cursor
 from aistream.session import Missing, State
@@ -26,7 +26,7 @@ def watch(session_id: str) -> Response:
     session_id = _allowed(session_id)
     cursor = Cursor.parse(request.headers.get("Last-Event-ID") or request.args.get("last_event_id"))
     mode: Mode = "json" if request.args.get("format") == "json" else "text"
-    viewer = Viewer(parts().viewing, session_id, cursor, mode)
+    viewer = Viewer(parts().viewing, session_id, cursor, mode, g.request_id)
     try:
         if not viewer.open():
             return Response(status=204, headers=HEADERS)
@@ -35,6 +35,7 @@ def watch(session_id: str) -> Response:
             raise
         if refused.final:
             # A browser never shows a person the body of any other status.
+            tell(code=refused.code)
             return _events(Response(refusal_frame(refused, cursor, mode)))
         # What may pass is held: the viewer's stream begins with heartbeats.
     environ = request.environ
@@ -42,6 +43,7 @@ def watch(session_id: str) -> Response:
     if sock is not None:
         # gunicorn answers HTTP/1.1 in chunks where a response has no length.
         viewer.watch(sock, chunked="gunicorn.socket" in environ and environ["SERVER_PROTOCOL"] == "HTTP/1.1")
+    tell(event=None)  # viewer.left is its line, when it has
     response = _events(Response(viewer.stream(), direct_passthrough=True))
     response.call_on_close(viewer.close)
     return response
@@ -68,6 +70,7 @@ def _allowed(session_id: str) -> str:
     normal = normal_id(session_id)
     if parts().tokens.verify_viewer(token) != normal:
         raise NotFound("There is no such stream.")
+    tell(session=normal)
     return normal
 
 
