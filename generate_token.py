@@ -29,7 +29,10 @@ def main(sub: str, ttl: int, audience: str, issuer: str, curl: bool, prompt: str
         config = load()
     except ConfigError as error:
         sys.exit(str(error))
-    token = Tokens(config).sign_caller(sub, int(time.time()) + ttl, audience, issuer)
+    if ttl > config.jwt_max_lifetime_seconds:
+        most = f"{config.jwt_max_lifetime_seconds:g}"
+        raise click.BadParameter(f"the service accepts at most {most} (JWT_MAX_LIFETIME_SECONDS)", param_hint="--ttl")
+    token = Tokens(config, time.time).sign_caller(sub, int(time.time()) + ttl, audience, issuer)
     if not curl:
         click.echo(token)
         return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from flask import Flask
 
 from aistream import api, telemetry
@@ -41,7 +43,7 @@ def create_app(config: Config, *, store: Store | None = None) -> Flask:
 
     app = Flask("aistream", static_folder=None)
     app.extensions["aistream"] = Parts(
-        config, store, providers, Tokens(config), destinations, generations, viewing, delivery, background
+        config, store, providers, Tokens(config, time.time), destinations, generations, viewing, delivery, background
     )
     api.init_app(app, config)
     for bp in (init.bp, stream.bp, health.bp, operator.bp):

@@ -52,13 +52,18 @@ class Config:
     jwt_secret_previous: str = _setting(
         parse.secret,
         "",
-        "The secret before this one: still accepted, never used to sign. Set it while you rotate.",
+        "One more secret that is accepted and never signs. In a rotation first the next one, then the last: docs/security.md.",
         secret=True,
     )
     jwt_algorithm: str = _setting(
         parse.choice("HS256", "HS384", "HS512"),
         "HS256",
         "The one algorithm accepted in n8n's tokens: HS256, HS384 or HS512.",
+    )
+    jwt_max_lifetime_seconds: float = _setting(
+        parse.seconds(60, 31_536_000),
+        "86400",
+        "Longest time that n8n's token may still be valid for: one that never expires is a password in a workflow.",
     )
     jwt_audience: str = _setting(parse.text, "", "If set, n8n's tokens must carry it as aud.")
     jwt_issuer: str = _setting(parse.text, "", "If set, n8n's tokens must carry it as iss.")
@@ -324,10 +329,11 @@ class Config:
         if not self.jwt_secret:
             found.append(("JWT_SECRET", "is not set: expected at least 32 random bytes (make env writes a .env with one)"))
         size = int(self.jwt_algorithm[2:]) // 8
-        if self.jwt_secret and len(self.jwt_secret.encode()) < size:
-            # RFC 7518 3.2; PyJWT warns at each token otherwise.
-            text = f"has {len(self.jwt_secret.encode())} bytes: expected at least {size} random bytes for {self.jwt_algorithm}"
-            found.append(("JWT_SECRET", text))
+        for name, secret in (("JWT_SECRET", self.jwt_secret), ("JWT_SECRET_PREVIOUS", self.jwt_secret_previous)):
+            if secret and len(secret.encode()) < size:
+                # RFC 7518 3.2; PyJWT warns at each token otherwise.
+                text = f"has {len(secret.encode())} bytes: expected at least {size} random bytes for {self.jwt_algorithm}"
+                found.append((name, text))
         names = [endpoint.name for endpoint in self.endpoints]
         if self.default_provider not in ("", "echo", *names):
             found.append(("DEFAULT_PROVIDER", f"is {self.default_provider!r}: expected one of {', '.join(names)}"))

@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 
 LOOPBACK_HOSTS = {"localhost", "127.0.0.1", "::1"}
 _SECRET_BYTES = 32
+#: PEM (also a certificate), the four SSH families, and a JWK: as PyJWT, which refuses them when it signs, and JWK besides.
+_PUBLIC_KEY = re.compile(r'-----BEGIN|^(ssh|ecdsa-sha2|sk-ssh|sk-ecdsa-sha2)-\S+ AAAA|^\{.*"kty"')
 #: An origin as `origin_of` writes it. flask-cors would take one with other characters for a regular expression.
 _ORIGIN = re.compile(r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?")
 
@@ -84,8 +86,8 @@ def secret(value: str) -> str:
     # os.environ has bytes that are no UTF-8 as lone surrogates, with which nothing can be signed: they count for nothing.
     if (value and len(value.encode(errors="ignore")) < _SECRET_BYTES) or not value.isprintable():
         raise BadValue(f"at least {_SECRET_BYTES} random bytes, for example from: openssl rand -hex 32")
-    if "-----BEGIN" in value:
-        raise BadValue("a random secret, not a PEM key: HMAC with a public key lets everybody sign")
+    if _PUBLIC_KEY.search(value):
+        raise BadValue("a random secret, not a PEM or SSH key: HMAC with a public key lets everybody sign")
     return value
 
 

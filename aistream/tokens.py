@@ -1,13 +1,17 @@
 """The two kinds of token: n8n's, which may start a session, and a viewer's, which may watch one.
 
-No I/O. (PyJWT compares `exp` and `nbf` with the clock; nothing else here does.) The algorithm is pinned by configuration and
-never read from a token (RFC 8725 3.1). The kinds cannot pass for each other: a viewer's has its own `typ` and `aud`.
+No I/O, and no clock but the one it is given. (PyJWT compares `exp` and `nbf` with its own.) The algorithm is pinned by
+configuration and never read from a token (RFC 8725 3.1). The kinds cannot pass for each other: a viewer's has its own `typ` and
+`aud`. What is signed here names its secret in `kid`, so that two of them can be in use while one replaces the other.
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +34,16 @@ class Caller:
 
 
 class Tokens:
-    """Signs and verifies with the configured secrets: the current one signs, the previous one still verifies."""
+    """Signs and verifies with the configured secrets: JWT_SECRET signs, JWT_SECRET_PREVIOUS is accepted as well.
 
-    def __init__(self, config: Config) -> None:
-        self._secrets = [secret for secret in (config.jwt_secret, config.jwt_secret_previous) if secret]
+    `clock` gives the seconds since 1970.
+    """
+
+    def __init__(self, config: Config, clock: Callable[[], float]) -> None:
+        self._secrets = {key_id(secret): secret for secret in (config.jwt_secret, config.jwt_secret_previous) if secret}
+        self._signing = (key_id(config.jwt_secret), config.jwt_secret)
+        self._clock = clock
+        self._max_lifetime = config.jwt_max_lifetime_seconds
         self._algorithm = config.jwt_algorithm
         self._audience = config.jwt_audience
         self._issuer = config.jwt_issuer
@@ -41,6 +51,8 @@ class Tokens:
     def verify_caller(self, token: str | None) -> Caller:
         """The caller that n8n's token names. Raises Unauthorized with a code that says what is wrong with it."""
         claims = self._verify(token, audience=self._audience or None, issuer=self._issuer or None)
+        if int(claims["exp"]) > self._clock() + self._max_lifetime + LEEWAY:
+            raise _lives_too_long(self._max_lifetime)
         subject = str(claims.get("sub", ""))
         try:
             subject.encode()
@@ -53,12 +65,14 @@ class Tokens:
         claims: dict[str, Any] = {"sub": subject, "exp": expires_at}
         claims |= {"aud": audience or self._audience} if audience or self._audience else {}
         claims |= {"iss": issuer or self._issuer} if issuer or self._issuer else {}
-        return jwt.encode(claims, self._secrets[0], self._algorithm)
+        kid, secret = self._signing
+        return jwt.encode(claims, secret, self._algorithm, headers={"kid": kid})
 
     def sign_viewer(self, session_id: str, expires_at: int) -> str:
         """The token in a stream URL: good for watching this one session until `expires_at`."""
         claims = {"sub": session_id, "aud": VIEWER_AUDIENCE, "exp": expires_at}
-        return jwt.encode(claims, self._secrets[0], "HS256", headers={"typ": VIEWER_TYPE})
+        kid, secret = self._signing
+        return jwt.encode(claims, secret, "HS256", headers={"typ": VIEWER_TYPE, "kid": kid})
 
     def verify_viewer(self, token: str | None) -> str:
         """The id of the session that a viewer's token is good for. Raises Unauthorized."""
@@ -87,7 +101,7 @@ class Tokens:
             *(["iss"] if issuer else []),
             *(["sub"] if audience == VIEWER_AUDIENCE else []),
         ]
-        for secret in self._secrets:
+        for secret in self._candidates(token):
             try:
                 return jwt.decode_complete(
                     token,
@@ -101,6 +115,27 @@ class Tokens:
             except jwt.InvalidSignatureError:
                 continue
         raise jwt.InvalidSignatureError
+
+    def _candidates(self, token: str) -> list[str]:
+        """The secrets that may have signed it: the one that it names, or all, since n8n names none, or one of its own."""
+        if len(self._secrets) > 1:
+            named = self._secrets.get(jwt.get_unverified_header(token).get("kid", ""))
+            if named is not None:
+                return [named]
+        return list(self._secrets.values())
+
+
+def key_id(secret: str) -> str:
+    """The `kid` of what this secret signs. Whoever sees it can try secrets against it, as he could against the signature."""
+    return hmac.new(secret.encode(), b"aistream kid", hashlib.sha256).hexdigest()[:8]
+
+
+def _lives_too_long(most: float) -> Unauthorized:
+    return Unauthorized(
+        f"The token's exp lies further ahead than {most:g} s (JWT_MAX_LIFETIME_SECONDS): sign a fresh one for each request, with "
+        "exp: Math.floor(Date.now() / 1000) + 300.",
+        code="token_lifetime",
+    )
 
 
 def _wrong_kind() -> Unauthorized:

@@ -119,6 +119,12 @@ class Service:
             self._process.wait()
         self._process = None
 
+    def restart(self, **environ: str) -> None:
+        """Stops it, and starts it anew on the same port with these variables changed."""
+        self.stop()
+        self._environ |= environ
+        self.start()
+
     def kill(self) -> None:
         """Kills it, with all its workers."""
         if self._process is not None:

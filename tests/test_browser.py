@@ -318,7 +318,7 @@ def test_a_browser_without_a_valid_token_or_stream_does_not_come_back(
 ) -> None:
     url = service.stream_url()
     bare, token = url.split("?")
-    unknown = Tokens(make_config()).sign_viewer(session_id, int(time.time()) + 60)
+    unknown = Tokens(make_config(), time.time).sign_viewer(session_id, int(time.time()) + 60)
     refused = {
         bare: 401,
         url[:-2]: 401,

@@ -220,6 +220,7 @@ def test_a_base_url_that_no_stream_url_can_start_with_is_refused(value: str) -> 
 
 
 RANDOM = "at least 32 random bytes, for example from: openssl rand -hex 32"
+PUBLIC_KEY = "a random secret, not a PEM or SSH key: HMAC with a public key lets everybody sign"
 WHSEC = "whsec_ followed by 24 to 64 random bytes in base64 (Standard Webhooks)"
 
 
@@ -231,8 +232,11 @@ WHSEC = "whsec_ followed by 24 to 64 random bytes in base64 (Standard Webhooks)"
         (
             "JWT_SECRET",
             "-----BEGIN PUBLIC KEY----- kept-private",
-            "a random secret, not a PEM key: HMAC with a public key lets everybody sign",
+            PUBLIC_KEY,
         ),
+        ("JWT_SECRET", "ssh-ed25519 AAAAkept-private-kept-private-kept-private me@here", PUBLIC_KEY),
+        ("JWT_SECRET_PREVIOUS", "ecdsa-sha2-nistp256 AAAAkept-private-kept-private-kept-private", PUBLIC_KEY),
+        ("JWT_SECRET", '{"kty": "RSA", "n": "kept-private-kept-private-kept-private"}', PUBLIC_KEY),
         ("CALLBACK_SECRET", "kept-private", WHSEC),
         ("METRICS_TOKEN", "kept-private", "at least 16 random characters without spaces, for example from: openssl rand -hex 32"),
         ("CALLBACK_SECRET", "whsec_a2VwdC1wcml2YXRl", WHSEC),
@@ -304,6 +308,9 @@ def test_a_secret_is_at_least_as_long_as_its_algorithms_hash(algorithm: str) -> 
 
     assert faults({**PRODUCTION, "JWT_ALGORITHM": algorithm}) == [
         f"JWT_SECRET has {len(SECRET)} bytes: expected at least {size} random bytes for {algorithm}"
+    ]
+    assert faults({**PRODUCTION, "JWT_ALGORITHM": algorithm, "JWT_SECRET": "x" * size, "JWT_SECRET_PREVIOUS": SECRET}) == [
+        f"JWT_SECRET_PREVIOUS has {len(SECRET)} bytes: expected at least {size} random bytes for {algorithm}"
     ]
     assert production(JWT_ALGORITHM=algorithm, JWT_SECRET="x" * size).jwt_algorithm == algorithm
 
@@ -581,7 +588,7 @@ def test_make_env_writes_an_env_in_which_only_the_provider_keys_are_missing(chec
     answer = app.test_client().post(
         "/init-stream",
         json={
-            "n8nToken": Tokens(config).sign_caller("n8n", 4_000_000_000),
+            "n8nToken": Tokens(config, time.time).sign_caller("n8n", int(time.time()) + 300),
             "resumeUrl": "http://localhost:5678/webhook-waiting/1",
             "prompt": "Hi",
         },
@@ -656,14 +663,29 @@ def test_a_generated_token_is_one_that_the_service_accepts(run: Run) -> None:
 
     token = run("generate_token.py", "--sub", "me", "--ttl", "60", **(PRODUCTION | demands)).stdout.strip()
 
-    assert Tokens(production(**demands)).verify_caller(token) == Caller("me")
+    assert Tokens(production(**demands), time.time).verify_caller(token) == Caller("me")
     assert jwt.decode(token, options={"verify_signature": False})["exp"] == pytest.approx(time.time() + 60, abs=30)
+
+
+def test_a_token_that_the_service_would_not_accept_is_not_generated(run: Run) -> None:
+    process = run("generate_token.py", "--ttl", "86401", DEV_MODE="true", JWT_SECRET=SECRET)
+
+    assert (process.returncode, process.stdout) == (2, "")
+    assert "the service accepts at most 86400 (JWT_MAX_LIFETIME_SECONDS)" in process.stderr
+
+
+def test_a_generated_token_goes_to_standard_output_and_nowhere_else(run: Run, checkout: Path) -> None:
+    process = run("generate_token.py", DEV_MODE="true", JWT_SECRET=SECRET)
+
+    assert (process.stdout.count("."), process.stderr) == (2, "")
+    token = process.stdout.strip().encode()
+    assert [path for path in checkout.rglob("*") if path.is_file() and token in path.read_bytes()] == []
 
 
 def test_a_generated_token_has_the_audience_and_issuer_asked_for(run: Run) -> None:
     token = run("generate_token.py", "--audience", "a", "--issuer", "b", DEV_MODE="true", JWT_SECRET=SECRET).stdout.strip()
 
-    assert Tokens(make_config(JWT_AUDIENCE="a", JWT_ISSUER="b")).verify_caller(token) == Caller("n8n")
+    assert Tokens(make_config(JWT_AUDIENCE="a", JWT_ISSUER="b"), time.time).verify_caller(token) == Caller("n8n")
 
 
 def test_the_printed_call_can_be_pasted_into_a_shell(service: Service, run: Run) -> None:

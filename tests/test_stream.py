@@ -185,6 +185,26 @@ def test_the_token_may_come_in_the_header(service: Service) -> None:
         assert text_of(list(events)) == "a"
 
 
+def test_the_headers_token_wins_over_the_one_in_the_url(service: Service) -> None:
+    url, token = service.stream_url(model="echo", prompt="a").split("?access_token=")
+    bad = viewer_token("y" * 40)
+
+    good_header = httpx.get(f"{url}?access_token={bad}", headers={"Authorization": f"Bearer {token}"})
+    bad_header = httpx.get(f"{url}?access_token={token}", headers={"Authorization": f"Bearer {bad}"})
+    no_token = httpx.get(f"{url}?access_token={token}", headers={"Authorization": "Basic eDp5"})
+    cookie = httpx.get(url, headers={"Cookie": f"access_token={token}"})
+
+    assert [one.status_code for one in (good_header, bad_header, no_token, cookie)] == [200, 401, 200, 401]
+
+
+def test_the_token_in_the_header_stops_an_answer_as_well(service: Service) -> None:
+    url, token = service.stream_url(model="echo", prompt="a").split("?access_token=")
+
+    answer = httpx.post(f"{url}/cancel", headers={"Authorization": f"Bearer {token}"})
+
+    assert (answer.status_code, answer.json()["status"]) == (200, "cancelled")
+
+
 @pytest.mark.parametrize("other", ["another session", "no session", "no uuid", "a key's end"])
 def test_a_token_opens_its_own_stream_and_no_other(service: Service, other: str) -> None:
     token = service.stream_url(model="echo").split("?access_token=")[1]

@@ -16,19 +16,19 @@ from hypothesis import strategies as st
 
 from aistream.app import create_app
 from aistream.errors import Unauthorized
-from aistream.tokens import LEEWAY, VIEWER_AUDIENCE, VIEWER_TYPE, Caller, Tokens
+from aistream.tokens import LEEWAY, VIEWER_AUDIENCE, VIEWER_TYPE, Caller, Tokens, key_id
 from tests.conftest import make_config
 from tests.service import SECRET, n8n_token
 
 PREVIOUS = "the-secret-before-it-with-enough-bytes"
 SESSION_ID = "0b8e0c9e-93f1-4c1b-8f9d-2b1c4f2a7d11"
-#: The year 2096. Tokens in a table are made long before their test runs.
-FAR = 4_000_000_000
+#: Ten hours ahead: tokens in a table are made before their test runs.
+FAR = int(time.time()) + 36_000
 
 
 def tokens(**environ: str) -> Tokens:
     """What this configuration signs and verifies with."""
-    return Tokens(make_config(**environ))
+    return Tokens(make_config(**environ), time.time)
 
 
 def now() -> int:
@@ -185,7 +185,7 @@ def test_a_claim_of_the_wrong_type_is_named(claims: dict[str, Any], name: str) -
 
 
 def test_a_subject_that_no_store_can_hold_is_refused() -> None:
-    assert refusal(tokens().verify_caller, signed(b'{"sub":"\\ud800","exp":9999999999}'))[0] == "token_malformed"
+    assert refusal(tokens().verify_caller, signed(b'{"sub":"\\ud800","exp":%d}' % FAR))[0] == "token_malformed"
 
 
 @pytest.mark.parametrize(
@@ -247,6 +247,58 @@ def test_a_token_of_the_previous_secret_is_refused_for_what_is_wrong_with_it() -
 
     assert refusal(rotated.verify_caller, signed({"exp": 1}, secret=PREVIOUS)) == ("token_expired", EXPIRED)
     assert refusal(rotated.verify_caller, signed({}, secret=PREVIOUS))[0] == "token_claim_missing"
+
+
+def test_what_is_signed_names_its_secret_and_tells_nothing_of_it() -> None:
+    signing = tokens(JWT_SECRET_PREVIOUS=PREVIOUS)
+
+    kids = [
+        jwt.get_unverified_header(token)["kid"]
+        for token in (signing.sign_caller("a", now() + 60), signing.sign_viewer(SESSION_ID, now() + 60))
+    ]
+
+    assert kids == [key_id(SECRET)] * 2
+    assert key_id(SECRET) != key_id(PREVIOUS) and len(key_id(SECRET)) == 8
+    assert key_id(SECRET) not in hashlib.sha256(SECRET.encode()).hexdigest()
+
+
+def test_a_token_is_verified_by_the_secret_that_it_names_alone() -> None:
+    rotating = tokens(JWT_SECRET_PREVIOUS=PREVIOUS)
+    named = {"alg": "HS256", "kid": key_id(PREVIOUS)}
+
+    assert rotating.verify_caller(signed(GOOD, named, PREVIOUS)) == Caller("")
+    assert refusal(rotating.verify_caller, signed(GOOD, named, SECRET)) == ("token_signature", SIGNATURE)
+
+
+@pytest.mark.parametrize("secret", [SECRET, PREVIOUS])
+@pytest.mark.parametrize("kid", ["", "n8n's own", "00000000"])
+def test_a_token_that_names_a_key_of_somebody_elses_is_tried_with_both_secrets(secret: str, kid: str) -> None:
+    assert tokens(JWT_SECRET_PREVIOUS=PREVIOUS).verify_caller(signed(GOOD, {"alg": "HS256", "kid": kid}, secret)) == Caller("")
+
+
+def test_a_token_that_names_no_text_as_its_key_is_refused_while_two_are_in_use() -> None:
+    token = signed(GOOD, {"alg": "HS256", "kid": ["a"]})
+
+    assert refusal(tokens(JWT_SECRET_PREVIOUS=PREVIOUS).verify_caller, token) == ("token_malformed", MALFORMED)
+
+
+@pytest.mark.parametrize(("most", "seconds"), [("86400", 86_400), ("300", 300)])
+def test_a_token_that_is_good_for_too_long_is_told_how_long_it_may_be(most: str, seconds: int) -> None:
+    verify = tokens(JWT_MAX_LIFETIME_SECONDS=most).verify_caller
+
+    code, sentence = refusal(verify, signed({"exp": now() + seconds + LEEWAY + 2}))
+
+    assert code == "token_lifetime"
+    assert sentence.startswith(f"The token's exp lies further ahead than {seconds} s (JWT_MAX_LIFETIME_SECONDS)")
+    assert sentence.endswith("exp: Math.floor(Date.now() / 1000) + 300.")
+    assert verify(signed({"exp": now() + seconds})) == Caller("")
+    assert refusal(verify, signed({"exp": 1e300}))[0] == "token_lifetime"
+
+
+def test_how_long_a_viewers_token_lives_is_our_own_business() -> None:
+    verify = tokens(JWT_MAX_LIFETIME_SECONDS="60").verify_viewer
+
+    assert verify(tokens().sign_viewer(SESSION_ID, now() + 10 * 86_400)) == SESSION_ID
 
 
 def test_what_we_sign_for_a_caller_fulfils_our_own_demands() -> None:
