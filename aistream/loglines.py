@@ -50,12 +50,9 @@ def harmless(_logger: Any, _method: str, line: Line) -> Line:
 
 
 def without_values(_logger: Any, _method: str, line: Line) -> Line:
-    """`error`, where that is an exception, as its type, its cause's, and where it was raised."""
-    error = line.pop("error", None)
-    if isinstance(error, BaseException):
-        line.update(_told(error))
-    elif error is not None:
-        line["error"] = error
+    """`error`, where that is an exception, as its type, with its cause's, and where it was raised."""
+    if isinstance(line.get("error"), BaseException):
+        line.update(_told(line.pop("error")))
     return line
 
 
@@ -123,8 +120,9 @@ class Foreign(logging.Handler):
         return to_json({**line, "level": level, "timestamp": f"{at:%Y-%m-%dT%H:%M:%S.%fZ}"})
 
     def _message(self, record: logging.LogRecord) -> str:
-        # Python's own warnings come as an argument, and quote a line of code at most.
-        return record.getMessage() if self._trusted or record.name == "py.warnings" else str(record.msg)
+        if record.name == "py.warnings":
+            return record.getMessage().partition("\n")[0]  # what follows is a line of code
+        return record.getMessage() if self._trusted else str(record.msg)
 
 
 def take_over(log: Any, hub: Any, *, as_text: bool) -> None:
@@ -143,7 +141,7 @@ def take_over(log: Any, hub: Any, *, as_text: bool) -> None:
 
 
 def _told(error: BaseException) -> dict[str, Any]:
-    told: dict[str, Any] = {"exception": type(error).__name__}
+    told: dict[str, Any] = {"error": type(error).__name__}
     if isinstance(error, OSError) and error.errno is not None:
         told["errno"] = errno.errorcode.get(error.errno, error.errno)
     elif isinstance(error, ImportError) and error.name:

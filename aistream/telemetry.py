@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO, cast
 
@@ -124,7 +123,7 @@ def own_process(config: Config, hub: Any) -> None:
     """For whoever owns the process, once: whatever else is said in it takes the form of our lines. `hub`: gevent's."""
     loglines.take_over(log, hub, as_text=loglines.wants_text(config))
     werkzeug = logging.getLogger("werkzeug")
-    werkzeug.addFilter(_without_query)
+    werkzeug.addFilter(_quotes_nobody)
     werkzeug.propagate = False  # `flask run` keeps its own form: a person reads it
 
 
@@ -207,20 +206,14 @@ def exposition(counts: Counts) -> tuple[bytes, str]:
     return generate_latest(shown), CONTENT_TYPE_LATEST
 
 
-def _without_query(record: logging.LogRecord) -> bool:
-    """Werkzeug's lines, as `flask run` prints them, without what a client sent but the path: the query is an access token."""
+def _quotes_nobody(record: logging.LogRecord) -> bool:
+    """What `flask run`'s server may print: of a request nothing, which has a line of ours; of a fault no more than its kind."""
     message = str(record.msg)
+    if '"%s" %s %s' in message:
+        return False
     if "Error on request" in message:
-        record.msg, record.args = "Error on request", ()  # the traceback ends with the exception's message
-    elif isinstance(record.args, tuple):
-        unread = "code %d, message" in message
-        record.args = tuple(_shown(arg, unread) if isinstance(arg, str) else arg for arg in record.args)
+        record.msg, record.args = "Error on request", ()  # its traceback ends with the exception's message
+    elif "code %d, message" in message and isinstance(record.args, tuple):
+        # "Bad request syntax ('GET /…?access_token=…')"
+        record.args = tuple(arg.partition("(")[0].rstrip() if isinstance(arg, str) else arg for arg in record.args)
     return True
-
-
-def _shown(arg: str, unread: bool) -> str:
-    # "Bad request syntax ('GET /…')": a request line that cannot be read may have the token anywhere.
-    return arg.partition("(")[0].rstrip() if unread else _QUERY.sub("", arg)
-
-
-_QUERY = re.compile(r"\?[^\s\"]*")

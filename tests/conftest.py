@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,6 +32,7 @@ from aistream.api import Parts
 from aistream.app import create_app
 from aistream.config import Config
 from aistream.store import Store
+from tests.leaks import leaks
 from tests.neighbours.provider import ProviderServer
 from tests.neighbours.receiver import Receiver
 from tests.service import SECRET, Service
@@ -51,6 +52,21 @@ def missing(what: str) -> NoReturn:
     if UNDER_CI:
         pytest.fail(message)
     pytest.skip(message)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fails a test, or its tear-down, when what was printed in this process has a secret: the same net as under a `Service`.
+
+    What a test took with capsys or capfd is its own to look at; under -s there is nothing to look at.
+    """
+    report = yield
+    if report.when != "setup" and report.passed:
+        found = leaks(report.capstdout + report.capstderr, [SECRET])
+        if found:
+            report.outcome = "failed"
+            report.longrepr = "\n".join(["this process has printed what nobody may see:", *found[:20]])
+    return report
 
 
 @contextmanager

@@ -16,8 +16,12 @@ import httpx
 import jwt
 from httpx_sse import EventSource
 
+from tests.leaks import CANARY, leaks, secrets_of
+
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = "a-secret-of-the-tests-with-enough-bytes"
+#: What is asked where a test does not care.
+PROMPT = f"Hello {CANARY}"
 
 
 class Event(NamedTuple):
@@ -36,14 +40,17 @@ def n8n_token(**claims: Any) -> str:
 class Service:
     """One gunicorn. `environ` on top of a DEV_MODE configuration; nothing else of this process's environment counts.
 
-    `ulimit`: what a shell sets before it starts, such as `-Hn 256`.
+    `ulimit`: what a shell sets before it starts, such as `-Hn 256`. `app`: in place of the service's own.
+    When it ends, whatever it has printed is searched for secrets.
     """
 
-    def __init__(self, log: Path, environ: Mapping[str, str], ulimit: str = "") -> None:
+    def __init__(self, log: Path, environ: Mapping[str, str], ulimit: str = "", app: str = "wsgi:app") -> None:
         self._log = log
         self._environ = dict(environ)
         self._limited = ["sh", "-c", f'ulimit {ulimit} && exec "$0" "$@"'] if ulimit else []
+        self._app = app
         self._process: subprocess.Popen[bytes] | None = None
+        self._searched = 0
         self.port = int(environ.get("PORT", 0)) or _free_port()
 
     @property
@@ -87,7 +94,7 @@ class Service:
         }
         with self._log.open("a") as log:
             self._process = subprocess.Popen(
-                [*self._limited, sys.executable, "-m", "gunicorn", "wsgi:app"],
+                [*self._limited, sys.executable, "-m", "gunicorn", self._app],
                 cwd=ROOT,
                 env={name: value for name, value in environ.items() if value},
                 stdout=log,
@@ -118,6 +125,7 @@ class Service:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         self._process = None
+        self._search()
 
     def restart(self, **environ: str) -> None:
         """Stops it, and starts it anew on the same port with these variables changed."""
@@ -132,6 +140,14 @@ class Service:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
+            self._search()
+
+    def _search(self) -> None:
+        """No secret may be in what it has printed since it was last searched."""
+        text = self.log[self._searched :]
+        self._searched += len(text)
+        found = leaks(text, [SECRET, *secrets_of(self._environ)])
+        assert not found, "\n".join(["it has printed what nobody may see:", *found[:20]])
 
     def get(self, path: str, token: str | None = None) -> httpx.Response:
         """GET of this path, with n8n's token (or this one) in the header."""
@@ -143,7 +159,7 @@ class Service:
 
     def init(self, **body: Any) -> httpx.Response:
         """POST /init-stream with a valid token, a prompt and a resumeUrl that nobody listens on, unless `body` has others."""
-        asked = {"n8nToken": n8n_token(), "resumeUrl": "http://127.0.0.1:9/none", "prompt": "Hello", **body}
+        asked = {"n8nToken": n8n_token(), "resumeUrl": "http://127.0.0.1:9/none", "prompt": PROMPT, **body}
         return httpx.post(f"{self.url}/init-stream", json=asked, timeout=10, verify=False)
 
     def stream_url(self, **body: Any) -> str:

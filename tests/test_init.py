@@ -23,7 +23,7 @@ from aistream import __version__
 from aistream.session import Message, Request, Route
 from tests.conftest import MakeClient, missing, parts_of
 from tests.neighbours.receiver import Receiver
-from tests.service import Service, n8n_token, wait_until
+from tests.service import PROMPT, Service, n8n_token, wait_until
 
 #: Stands in whatever must not come back in an answer to a bad request.
 PRIVATE = "xPRIVATEx"
@@ -32,7 +32,7 @@ RESUME_URL = "http://n8n.test:5678/webhook-waiting/1?signature=ab"
 
 def asked(**body: Any) -> dict[str, Any]:
     """The least that init needs, with these fields on top."""
-    return {"n8nToken": n8n_token(), "resumeUrl": RESUME_URL, "prompt": "Hello", **body}
+    return {"n8nToken": n8n_token(), "resumeUrl": RESUME_URL, "prompt": PROMPT, **body}
 
 
 def init(client: FlaskClient, **body: Any) -> TestResponse:
@@ -104,7 +104,7 @@ def test_it_says_until_when_somebody_must_have_come(make_client: MakeClient, env
 
 
 def test_the_least_that_is_needed_has_defaults_for_all_the_rest(client: FlaskClient) -> None:
-    assert stored(client, init(client)) == Request(prompt="Hello", requested_model="echo", model="echo", provider="echo")
+    assert stored(client, init(client)) == Request(prompt=PROMPT, requested_model="echo", model="echo", provider="echo")
 
 
 def test_the_default_model_is_gpt_4_where_there_is_a_key(make_client: MakeClient) -> None:
@@ -137,7 +137,7 @@ def test_all_optional_fields_are_kept_as_they_are(make_client: MakeClient) -> No
     assert accepted(answer)["warnings"] == []
     assert "format" not in accepted(answer)["streamUrl"]
     assert stored(client, answer) == Request(
-        prompt="Hello",
+        prompt=PROMPT,
         requested_model="gpt-4o",
         model="gpt-4o",
         provider="openai",
@@ -267,7 +267,7 @@ def test_user_chat_and_metadata_reach_n8n_in_the_types_they_came_in(client: Flas
         (callback,) = n8n.wait_for(1, path=f"/w/{number}")
         echoed = [callback.json["userId"], callback.json["chatId"], callback.json["metadata"]["a"][0]]
         assert [(type(one), one) for one in echoed] == [(type(value), value)] * 3
-        assert callback.json["prompt"] == callback.json["answer"] == "Hello"
+        assert callback.json["prompt"] == callback.json["answer"] == PROMPT
 
 
 def test_a_resume_url_is_called_byte_for_byte(client: FlaskClient, n8n: Receiver) -> None:
@@ -623,7 +623,7 @@ def test_a_key_that_cannot_be_used_is_named(client: FlaskClient, key: str) -> No
 def test_a_refused_init_leaves_its_key_free(client: FlaskClient) -> None:
     problem(again(client, "k", prompt=""), 400, "invalid_request")
 
-    accepted(again(client, "k", prompt="Hello"))
+    accepted(again(client, "k", prompt=PROMPT))
 
 
 # ---- resumeUrl ----

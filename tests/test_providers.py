@@ -13,7 +13,7 @@ import pytest
 from tests.neighbours.provider import ProviderServer
 from tests.neighbours.receiver import CUT, STARTING_UP, Receiver
 from tests.neighbours.scenarios import HELLO, THOUGHTS
-from tests.service import ROOT, Service, n8n_token, text_of, wait_until
+from tests.service import PROMPT, ROOT, Service, n8n_token, text_of, wait_until
 
 WHOLE = "".join(HELLO)
 BOTH = pytest.mark.parametrize("family", ["gpt", "claude"])
@@ -193,7 +193,7 @@ def test_every_listed_model_can_be_asked_for(aliased: Service) -> None:
 
     for model in listed:
         events = aliased.read(aliased.stream_url(model=model["id"]))
-        assert text_of(events) == ("Hello" if model["provider"] == "echo" else WHOLE)
+        assert text_of(events) == (PROMPT if model["provider"] == "echo" else WHOLE)
     assert len(listed) == 5
 
 

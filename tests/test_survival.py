@@ -26,7 +26,7 @@ from tests.neighbours.line import Line
 from tests.neighbours.provider import Asked, ProviderServer
 from tests.neighbours.receiver import HANG, Receiver
 from tests.neighbours.redis import RedisServer, program
-from tests.service import Event, Service, on, session_in, text_of, wait_until, watch
+from tests.service import PROMPT, Event, Service, on, session_in, text_of, wait_until, watch
 
 StartService = Callable[..., Service]
 LEASE = {"LEASE_SECONDS": "1"}
@@ -128,7 +128,7 @@ def test_only_who_may_watch_may_stop(service: Service) -> None:
 
     assert [answer.status_code for answer in refused] == [401, 404, 404]
     assert httpx.get(f"{path}/cancel?{query}").status_code == 405
-    assert text_of(service.read(url)) == "Hello"
+    assert text_of(service.read(url)) == PROMPT
 
 
 def test_a_stop_needs_no_preflight_and_is_readable_across_origins(start_service: StartService) -> None:

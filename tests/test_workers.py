@@ -338,4 +338,4 @@ def test_flask_run_serves_the_same_for_debugging(free_port: int, tmp_path: Path,
         process.wait(10)
         log.close()
     printed = (tmp_path / "log").read_text()
-    assert "GET /stream/" in printed and "access_token" not in printed and "Traceback" not in printed
+    assert '"event":"viewer.left"' in printed and "access_token" not in printed and "Traceback" not in printed
