@@ -16,21 +16,22 @@ from aistream.tokens import Tokens
 
 @click.command(help=__doc__)
 @click.option("--sub", default="n8n", show_default=True, help="Whom the token speaks for: owns what it starts.")
-@click.option("--ttl", default=3600, show_default=True, type=click.IntRange(1), help="Seconds until it expires.")
+@click.option("--ttl", type=click.IntRange(1), help="Seconds until it expires; by default an hour, or as long as is accepted.")
 @click.option("--audience", default="", help="aud; by default JWT_AUDIENCE.")
 @click.option("--issuer", default="", help="iss; by default JWT_ISSUER.")
 @click.option("--curl", is_flag=True, help="Print the call of POST /init-stream instead of the bare token.")
 @click.option("--prompt", default="Tell me something about streams.", show_default=True, help="The call's prompt.")
 @click.option("--model", default="", help="The call's model; by default DEFAULT_MODEL.")
 @click.option("--resume-url", default="", help="The call's resumeUrl; by default one that the service accepts.")
-def main(sub: str, ttl: int, audience: str, issuer: str, curl: bool, prompt: str, model: str, resume_url: str) -> None:
+def main(sub: str, ttl: int | None, audience: str, issuer: str, curl: bool, prompt: str, model: str, resume_url: str) -> None:
     """The command."""
     try:
         config = load()
     except ConfigError as error:
         sys.exit(str(error))
-    if ttl > config.jwt_max_lifetime_seconds:
-        most = f"{config.jwt_max_lifetime_seconds:g}"
+    most = int(config.jwt_max_lifetime_seconds)
+    ttl = min(3600, most) if ttl is None else ttl
+    if ttl > most:
         raise click.BadParameter(f"the service accepts at most {most} (JWT_MAX_LIFETIME_SECONDS)", param_hint="--ttl")
     token = Tokens(config, time.time).sign_caller(sub, int(time.time()) + ttl, audience, issuer)
     if not curl:

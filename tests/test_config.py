@@ -674,6 +674,14 @@ def test_a_token_that_the_service_would_not_accept_is_not_generated(run: Run) ->
     assert "the service accepts at most 86400 (JWT_MAX_LIFETIME_SECONDS)" in process.stderr
 
 
+def test_a_generated_token_lives_no_longer_than_is_accepted(run: Run) -> None:
+    environ = {"JWT_MAX_LIFETIME_SECONDS": "60", "DEV_MODE": "true", "JWT_SECRET": SECRET}
+
+    token = run("generate_token.py", **environ).stdout.strip()
+
+    assert Tokens(make_config(JWT_MAX_LIFETIME_SECONDS="60"), time.time).verify_caller(token) == Caller("n8n")
+
+
 def test_a_generated_token_goes_to_standard_output_and_nowhere_else(run: Run, checkout: Path) -> None:
     process = run("generate_token.py", DEV_MODE="true", JWT_SECRET=SECRET)
 
