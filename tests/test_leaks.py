@@ -23,7 +23,7 @@ import pytest
 
 from aistream import loglines
 from aistream.telemetry import log as lines
-from tests.conftest import MakeClient, missing
+from tests.conftest import MakeClient, missing, pytest_runtest_makereport
 from tests.leaks import CANARY, leaks, secrets_of
 from tests.neighbours.broken import LEAKS, WAYS
 from tests.neighbours.provider import ProviderServer
@@ -211,6 +211,19 @@ def test_what_is_found_is_told_without_it() -> None:
     assert len(found) == 5 and all("█" in line for line in found)
     assert not [line for line in found if line.startswith("a JWT") and token in line]
     assert leaks("http://a/stream/<session_id> signature access_token canary", [SECRET]) == []
+
+
+def test_a_test_that_prints_a_secret_in_its_own_process_fails() -> None:
+    report = pytest.TestReport(
+        "a test", ("a file", 1, ""), {}, "passed", None, "call", [("Captured stdout call", f"a {CANARY} b")]
+    )
+    hook = pytest_runtest_makereport()
+    next(hook)
+
+    with pytest.raises(StopIteration):
+        hook.send(report)
+
+    assert report.failed and str(report.longrepr).endswith("the canary of all prompts: a █ b")
 
 
 def test_flask_run_prints_nothing_secret_either(free_port: int, tmp_path: Path) -> None:
