@@ -10,13 +10,14 @@ import hashlib
 import hmac
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from aistream import __version__
 from aistream.events import End, Ending
-from aistream.session import Outcome, Record, Session, state_of
+from aistream.session import CallbackRecord, Outcome, Record, Session, State, state_of
 
 #: n8n's option "Ignore bots" refuses the names of HTTP libraries.
 USER_AGENT = f"Mozilla/5.0 (compatible; aistream/{__version__})"
@@ -138,70 +139,185 @@ def next_delay(attempt: int, retry_after: float | None, schedule: tuple[float, .
     return delay if retry_after is None else min(max(delay, retry_after), 2 * planned)
 
 
+def one_of(*values: str) -> Meta:
+    """What a text may be, for the OpenAPI document."""
+    return Meta(extra_json_schema={"enum": list(values)})
+
+
+Time = Annotated[str, Meta(extra_json_schema={"format": "date-time"})]
+EndState = Annotated[str, one_of(State.COMPLETED, State.FAILED, State.CANCELLED, State.EXPIRED)]
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """What went wrong. `code` is stable, `message` safe to show; `retryable`: the same request may succeed later."""
+
+    code: str
+    message: str
+    retryable: bool
+
+
+class TokenUsage(msgspec.Struct, frozen=True):
+    """Tokens of the whole answer. `input_tokens` include the cached ones, `output_tokens` those of its reasoning.
+
+    `source`: `provider`, where all figures are its own; `partial`: it has said a part; `estimated`: none. `estimated_by`: how
+    the rest was estimated, `tiktoken` or `characters`.
+    """
+
+    input_tokens: int
+    output_tokens: int
+    cached_input_tokens: int
+    reasoning_tokens: int
+    source: Annotated[str, one_of("provider", "partial", "estimated")]
+    estimated_by: str | None
+
+
+class Timings(msgspec.Struct, frozen=True):
+    """When what happened, in UTC, and how long it took. `null`: it did not, or not yet."""
+
+    created_at: Time | None
+    started_at: Time | None
+    first_token_at: Time | None
+    ended_at: Time | None
+    queued_ms: int | None
+    time_to_first_token_ms: int | None
+    duration_ms: int | None
+
+
+class Payload(msgspec.Struct, frozen=True, rename={"user_id": "userId", "chat_id": "chatId", "stream_id": "streamId"}):
+    """The callback's body. The first six fields are there, with their types, on every ending.
+
+    `answer`: the provider's exact text, or what was written of it. `model` and `provider`: who answered, or was asked last.
+    `provider_requests`: how many were made for it, retries and fallbacks included. `warnings`: what of the request the model
+    was not sent. `attempt`: 1 for the first. `userId`, `chatId` and `metadata` as they were given.
+    """
+
+    user_id: str | int | float | None
+    chat_id: str | int | float | None
+    prompt: str
+    answer: str
+    input_tokens: int
+    output_tokens: int
+    stream_id: str
+    status: EndState
+    finish_reason: str
+    error: Failure | None
+    model: str
+    requested_model: str
+    provider: str
+    provider_requests: int
+    warnings: tuple[str, ...]
+    usage: TokenUsage
+    timings: Timings
+    attempt: int
+    metadata: dict[str, Any] | None
+
+
+class CallbackAttempt(msgspec.Struct, frozen=True):
+    """One attempt. `lost`: with its worker. `status`: of the answer, `null` where none came."""
+
+    attempt: int
+    at: Time | None
+    outcome: Annotated[str, one_of("delivered", "retry", "dead", "lost")]
+    status: int | None
+    reason: str
+    duration_ms: int | None
+
+
+class CallbackState(msgspec.Struct, frozen=True):
+    """Where a callback stands. `next_at`: of an owed one that waits; `attempting`: an attempt is being made now.
+
+    `history`: the latest attempts, about 8 KiB of them.
+    """
+
+    state: Annotated[str, one_of("owed", "delivered", "dead")]
+    origin: str
+    attempts: int
+    attempting: bool
+    next_at: Time | None
+    settled_at: Time | None
+    last_answer: str
+    history: list[CallbackAttempt]
+
+
+class Description(msgspec.Struct, frozen=True, rename={"stream_id": "streamId"}):
+    """A session as its owner may look at it: never prompt, answer or resumeUrl.
+
+    `finish_reason`, `provider_requests`, `usage` and `callback` are `null` before the ending.
+    """
+
+    stream_id: str
+    status: Annotated[str, one_of(*State)]
+    finish_reason: str | None
+    error: Failure | None
+    model: str
+    provider: str
+    provider_requests: int | None
+    warnings: tuple[str, ...]
+    usage: TokenUsage | None
+    timings: Timings
+    callback: CallbackState | None
+
+
 def payload(session: Session, attempt: int) -> bytes:
-    """The callback's body: the six fields that every ending has, with their types, and what was added to them."""
+    """The callback's body as it is sent."""
     request, outcome = session.request, session.outcome
     ending = outcome.ending
-    body: dict[str, Any] = {
-        "userId": request.user_id,
-        "chatId": request.chat_id,
-        "prompt": request.prompt,
-        "answer": session.answer,
-        "input_tokens": outcome.usage.input_tokens,
-        "output_tokens": outcome.usage.output_tokens,
-        "streamId": session.id,
-        "status": state_of(ending).value,
-        "finish_reason": finish_reason(ending),
-        "error": error_of(ending),
-        "model": outcome.model,
-        "requested_model": request.requested_model,
-        "provider": outcome.provider or request.provider,
-        "provider_requests": outcome.requests,
-        "warnings": outcome.warnings,
-        "usage": usage_of(outcome),
-        "timings": timings(session.created_at, session.started_at, session.ended_at, outcome),
-        "attempt": attempt,
-        "metadata": request.metadata,
-    }
+    body = Payload(
+        user_id=request.user_id,
+        chat_id=request.chat_id,
+        prompt=request.prompt,
+        answer=session.answer,
+        input_tokens=outcome.usage.input_tokens,
+        output_tokens=outcome.usage.output_tokens,
+        stream_id=session.id,
+        status=state_of(ending).value,
+        finish_reason=finish_reason(ending),
+        error=error_of(ending),
+        model=outcome.model,
+        requested_model=request.requested_model,
+        provider=outcome.provider or request.provider,
+        provider_requests=outcome.requests,
+        warnings=outcome.warnings,
+        usage=usage_of(outcome),
+        timings=timings(session.created_at, session.started_at, session.ended_at, outcome),
+        attempt=attempt,
+        metadata=request.metadata,
+    )
     return msgspec.json.encode(body)
 
 
-def description(record: Record) -> dict[str, Any]:
+def description(record: Record) -> Description:
     """A session as its owner may look at it: how it stands, its times and tokens, and what became of its callback."""
-    outcome, callback = record.outcome, record.callback
-    return {
-        "streamId": record.id,
-        "status": record.state.value,
-        "finish_reason": finish_reason(outcome.ending) if outcome else None,
-        "error": error_of(outcome.ending) if outcome else None,
-        "model": outcome.model if outcome else record.start.model,
-        "provider": (outcome.provider if outcome else "") or record.start.provider,
-        "provider_requests": outcome.requests if outcome else None,
-        "warnings": outcome.warnings if outcome else [],
-        "usage": usage_of(outcome) if outcome else None,
-        "timings": timings(record.created_at, record.started_at, record.ended_at, outcome),
-        "callback": callback
-        and {
-            "state": callback.state,
-            "origin": callback.origin,
-            "attempts": callback.attempt,
-            "attempting": callback.open,
-            "next_at": None if callback.open or callback.state != "owed" else timestamp(callback.next_at),
-            "settled_at": timestamp(callback.settled_at),
-            "last_answer": callback.last_answer,
-            "history": [
-                {
-                    "attempt": one.attempt,
-                    "at": timestamp(one.at),
-                    "outcome": one.outcome,
-                    "status": one.status,
-                    "reason": one.reason,
-                    "duration_ms": one.duration_ms,
-                }
-                for one in callback.history
-            ],
-        },
-    }
+    outcome = record.outcome
+    return Description(
+        stream_id=record.id,
+        status=record.state.value,
+        finish_reason=finish_reason(outcome.ending) if outcome else None,
+        error=error_of(outcome.ending) if outcome else None,
+        model=outcome.model if outcome else record.start.model,
+        provider=(outcome.provider if outcome else "") or record.start.provider,
+        provider_requests=outcome.requests if outcome else None,
+        warnings=outcome.warnings if outcome else (),
+        usage=usage_of(outcome) if outcome else None,
+        timings=timings(record.created_at, record.started_at, record.ended_at, outcome),
+        callback=_standing(record.callback) if record.callback else None,
+    )
+
+
+def _standing(callback: CallbackRecord) -> CallbackState:
+    return CallbackState(
+        state=callback.state,
+        origin=callback.origin,
+        attempts=callback.attempt,
+        attempting=callback.open,
+        next_at=None if callback.open or callback.state != "owed" else timestamp(callback.next_at),
+        settled_at=timestamp(callback.settled_at),
+        last_answer=callback.last_answer,
+        history=[
+            CallbackAttempt(one.attempt, timestamp(one.at), one.outcome, one.status, one.reason, one.duration_ms)
+            for one in callback.history
+        ],
+    )
 
 
 def finish_reason(ending: Ending) -> str:
@@ -209,39 +325,37 @@ def finish_reason(ending: Ending) -> str:
     return ending.finish_reason if isinstance(ending, End) else state_of(ending).value
 
 
-def error_of(ending: Ending) -> dict[str, Any] | None:
+def error_of(ending: Ending) -> Failure | None:
     """What went wrong, or None."""
-    if isinstance(ending, End):
-        return None
-    return {"code": ending.code, "message": ending.message, "retryable": ending.retryable}
+    return None if isinstance(ending, End) else Failure(ending.code, ending.message, ending.retryable)
 
 
-def usage_of(outcome: Outcome) -> dict[str, Any]:
+def usage_of(outcome: Outcome) -> TokenUsage:
     """The tokens, in detail."""
     usage = outcome.usage
-    return {
-        "input_tokens": usage.input_tokens,
-        "output_tokens": usage.output_tokens,
-        "cached_input_tokens": usage.cached_input_tokens,
-        "reasoning_tokens": usage.reasoning_tokens,
-        "source": usage.source,
-        "estimated_by": usage.estimated_by,
-    }
+    return TokenUsage(
+        usage.input_tokens,
+        usage.output_tokens,
+        usage.cached_input_tokens,
+        usage.reasoning_tokens,
+        usage.source,
+        usage.estimated_by,
+    )
 
 
-def timings(created_at: int, started_at: int | None, ended_at: int | None, outcome: Outcome | None) -> dict[str, Any]:
+def timings(created_at: int, started_at: int | None, ended_at: int | None, outcome: Outcome | None) -> Timings:
     """When what happened, and how long it took. The arguments are points in time in ms since 1970."""
     first_token_ms = outcome.first_token_ms if outcome else None
     first_token = None if started_at is None or first_token_ms is None else started_at + first_token_ms
-    return {
-        "created_at": timestamp(created_at),
-        "started_at": timestamp(started_at),
-        "first_token_at": timestamp(first_token),
-        "ended_at": timestamp(ended_at),
-        "queued_ms": None if started_at is None or outcome is None else outcome.queued_ms,
-        "time_to_first_token_ms": first_token_ms,
-        "duration_ms": None if started_at is None or ended_at is None else ended_at - started_at,
-    }
+    return Timings(
+        created_at=timestamp(created_at),
+        started_at=timestamp(started_at),
+        first_token_at=timestamp(first_token),
+        ended_at=timestamp(ended_at),
+        queued_ms=None if started_at is None or outcome is None else outcome.queued_ms,
+        time_to_first_token_ms=first_token_ms,
+        duration_ms=None if started_at is None or ended_at is None else ended_at - started_at,
+    )
 
 
 def timestamp(ms: int | None) -> str | None:

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 import click
+import msgspec
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -66,7 +67,7 @@ def list_(state: State | None, limit: int, as_json: bool) -> None:
         counts = outbox.counts()
     if as_json:
         for record in found:
-            click.echo(json.dumps(description(record)))
+            click.echo(msgspec.json.encode(description(record)))
         return
     if found:
         _console().print(_table(found))
@@ -83,7 +84,7 @@ def show(session_id: str, as_json: bool) -> None:
     if record is None:
         sys.exit(f"{session_id} {_TOLD['missing']}")
     if as_json:
-        click.echo(json.dumps(description(record)))
+        click.echo(msgspec.json.encode(description(record)))
         return
     _console().print(_facts(record))
     if record.callback and record.callback.history:
@@ -184,19 +185,17 @@ def _facts(record: Record) -> Table:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     told = description(record)
-    error = told["error"]
     rows = {
         "session": record.id,
         "subject": record.subject or "(none)",
-        "status": told["status"] + (f", {error['code']}: {error['message']}" if error else ""),
-        "model": f"{told['model']} ({told['provider']})",
+        "status": told.status + (f", {told.error.code}: {told.error.message}" if told.error else ""),
+        "model": f"{told.model} ({told.provider})",
         "created": _when(record.created_at),
         "started": _when(record.started_at),
         "ended": _when(record.ended_at),
     }
-    if told["usage"]:
-        usage = told["usage"]
-        rows["tokens"] = f"{usage['input_tokens']} in, {usage['output_tokens']} out ({usage['source']})"
+    if told.usage:
+        rows["tokens"] = f"{told.usage.input_tokens} in, {told.usage.output_tokens} out ({told.usage.source})"
     if record.callback:
         callback = record.callback
         rows["callback"] = f"{callback.state} to {callback.origin}, {callback.attempt} attempts"

@@ -6,7 +6,7 @@ import re
 import time
 import uuid
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import msgspec
 from flask import Flask, Response, current_app, g, request
@@ -33,6 +33,31 @@ _TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-
 _INCESSANT = {"health.alive", "health.ready", "operator.metrics"}
 
 _TITLES = {404: "Not found", 405: "Method not allowed", 413: "The request is too large"}
+
+
+#: Of every answer that is a success; clients of the original service look at it.
+Ok = Annotated[bool, msgspec.Meta(extra_json_schema={"const": True})]
+NotOk = Annotated[bool, msgspec.Meta(extra_json_schema={"const": False})]
+
+
+class FaultyField(msgspec.Struct, frozen=True):
+    """A field that cannot be used, and what was expected of it."""
+
+    field: str
+    message: str
+
+
+class ProblemAnswer(msgspec.Struct, frozen=True, kw_only=True, rename={"request_id": "requestId"}):
+    """RFC 9457, with `ok: false` for clients of the original service, a stable `code`, and every faulty field by name."""
+
+    ok: NotOk = False
+    type: Annotated[str, msgspec.Meta(extra_json_schema={"const": "about:blank"})] = "about:blank"
+    title: str
+    status: int
+    code: str
+    detail: str
+    request_id: str | None
+    errors: list[FaultyField] | msgspec.UnsetType = msgspec.UNSET
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,20 +88,17 @@ def json_response(value: Any, status: int = 200, mimetype: str = "application/js
 
 
 def problem(error: Problem) -> Response:
-    """RFC 9457, with `ok: false` for clients of the original service, a stable `code`, and every faulty field by name."""
+    """What a caller is told of an error."""
     tell(code=error.code)
-    body: dict[str, Any] = {
-        "ok": False,
-        "type": "about:blank",
-        "title": error.title,
-        "status": error.status,
-        "code": error.code,
-        "detail": error.detail,
-        "requestId": g.get("request_id"),
-    }
-    if error.faults:
-        body["errors"] = [{"field": fault.field, "message": fault.message} for fault in error.faults]
-    response = json_response(body, error.status, "application/problem+json")
+    answer = ProblemAnswer(
+        title=error.title,
+        status=error.status,
+        code=error.code,
+        detail=error.detail,
+        request_id=g.get("request_id"),
+        errors=[FaultyField(fault.field, fault.message) for fault in error.faults] or msgspec.UNSET,
+    )
+    response = json_response(answer, error.status, "application/problem+json")
     response.headers.extend(error.headers)
     return response
 

@@ -67,7 +67,7 @@ def start() -> Response:
     answer, _ = accept(body, parts().tokens.verify_caller(token))
     shown = json.dumps({"n8nToken": token, **body}, ensure_ascii=False)
     curl = f"curl -X POST {origin}/init-stream -H 'Content-Type: application/json' -d {shlex.quote(shown)}"
-    return json_response({**answer, "callbackPath": path, "curl": curl})
+    return json_response({**msgspec.to_builtins(answer), "callbackPath": path, "curl": curl})
 
 
 @bp.post("/demo/callback/<key>")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import gevent
+import msgspec
 from flask import Blueprint, Response
 
 from aistream import __version__
-from aistream.api import json_response, parts
+from aistream.api import Ok, json_response, parts
+from aistream.callback import one_of
 from aistream.errors import StoreUnavailable
 
 bp = Blueprint("health", __name__)
@@ -15,10 +19,26 @@ bp = Blueprint("health", __name__)
 PATIENCE = 2.0
 
 
+class Alive(msgspec.Struct, frozen=True, kw_only=True):
+    """The process lives, and which version it is."""
+
+    ok: Ok = True
+    status: Annotated[str, one_of("alive")] = "alive"
+    version: str
+
+
+class Readiness(msgspec.Struct, frozen=True):
+    """Whether it may get traffic, and else what is missing."""
+
+    ok: bool
+    status: Annotated[str, one_of("ready", "not ready")]
+    missing: list[Annotated[str, one_of("redis", "draining")]]
+
+
 @bp.get("/health")
 def alive() -> Response:
     """Alive: asks nobody."""
-    return json_response({"ok": True, "status": "alive", "version": __version__})
+    return json_response(Alive(version=__version__))
 
 
 @bp.get("/health/ready")
@@ -32,6 +52,5 @@ def ready() -> Response:
         missing.append("redis")
     if parts().background.draining:
         missing.append("draining")
-    return json_response(
-        {"ok": not missing, "status": "not ready" if missing else "ready", "missing": missing}, 503 if missing else 200
-    )
+    readiness = Readiness(not missing, "not ready" if missing else "ready", missing)
+    return json_response(readiness, 503 if missing else 200)

@@ -11,13 +11,14 @@ import uuid
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
+import msgspec
 import pydantic_core
 from flask import Blueprint, Response, request
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from werkzeug.exceptions import RequestEntityTooLarge
 
-from aistream.api import bearer, json_response, parts, tell
-from aistream.callback import timestamp
+from aistream.api import Ok, bearer, json_response, parts, tell
+from aistream.callback import Time, timestamp
 from aistream.config import Config
 from aistream.endpoints import Effort
 from aistream.errors import DestinationRefused, Fault, InvalidRequest, Problem
@@ -85,6 +86,19 @@ class InitRequest(BaseModel):
     disconnectGraceSeconds: Annotated[float, Field(ge=1, le=3_600)] | None = None
 
 
+class InitAnswer(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """`expiresAt`: until then the first viewer must have come; `null` where the session waits for nobody.
+
+    `warnings`: unknown fields, and what the model is not sent.
+    """
+
+    ok: Ok = True
+    stream_url: Annotated[str, msgspec.Meta(extra_json_schema={"format": "uri"})]
+    stream_id: Annotated[str, msgspec.Meta(extra_json_schema={"format": "uuid"})]
+    expires_at: Time | None
+    warnings: list[str]
+
+
 @bp.post("/init-stream")
 def init_stream() -> Response:
     """Creates a session and answers with its stream's address; with an Idempotency-Key that was used before, the same again."""
@@ -149,7 +163,7 @@ def _token(body: dict[str, Any]) -> str | None:
     return inside if isinstance(inside, str) else None
 
 
-def accept(body: dict[str, Any], caller: Caller, key: IdempotencyKey | None = None) -> tuple[dict[str, Any], bool]:
+def accept(body: dict[str, Any], caller: Caller, key: IdempotencyKey | None = None) -> tuple[InitAnswer, bool]:
     """Checks what is asked, stores the session, and gives the answer to init, and whether `key` had begun it before.
 
     Raises InvalidRequest, StoreUnavailable, and a 422 where `key` was used for another body.
@@ -176,13 +190,12 @@ def accept(body: dict[str, Any], caller: Caller, key: IdempotencyKey | None = No
         time.time() + config.session_ttl_seconds + config.max_stream_seconds + config.keep_seconds + config.replay_seconds
     )
     token = parts().tokens.sign_viewer(session_id, expires_at)
-    answer = {
-        "ok": True,
-        "streamUrl": f"{config.base_url}/stream/{session_id}?access_token={token}"
+    answer = InitAnswer(
+        stream_url=f"{config.base_url}/stream/{session_id}?access_token={token}"
         + ("&format=json" if asked.format == "json" else ""),
-        "streamId": session_id,
-        "expiresAt": None if asked_of_model.immediate else timestamp(accepted.deadline),
-        "warnings": [
+        stream_id=session_id,
+        expires_at=None if asked_of_model.immediate else timestamp(accepted.deadline),
+        warnings=[
             *(f"{name} is unknown and was ignored" for name in _unknown(body)),
             *_limits_of_providers(asked_of_model),
             *(
@@ -191,7 +204,7 @@ def accept(body: dict[str, Any], caller: Caller, key: IdempotencyKey | None = No
                 else []
             ),
         ],
-    }
+    )
     return answer, session_id != fresh_id
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hmac
 import re
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 from flask import Blueprint, Response, request
 
-from aistream.api import bearer, json_response, normal_id, parts, tell
-from aistream.callback import description
+from aistream.api import Ok, bearer, json_response, normal_id, parts, tell
+from aistream.callback import Description, description, one_of
 from aistream.endpoints import Defaults
 from aistream.errors import Conflict, Fault, InvalidRequest, NotFound, Unauthorized
 from aistream.outbox import Redelivery
@@ -36,6 +37,55 @@ _NOT_REDELIVERED: dict[Redelivery, tuple[str, str]] = {
 }
 
 
+class SessionAnswer(Description, frozen=True, kw_only=True):
+    """A session as its owner may look at it: never prompt, answer or resumeUrl."""
+
+    ok: Ok = True
+
+
+class CallbacksAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """A page of callbacks. `next`: what to give as `after` for the page behind it; it may be there with a short or empty page."""
+
+    ok: Ok = True
+    callbacks: list[Description]
+    next: str | None
+
+
+class RedeliveryAnswer(msgspec.Struct, frozen=True, kw_only=True, rename={"stream_id": "streamId"}):
+    """The callback is due now, with its whole schedule before it."""
+
+    ok: Ok = True
+    stream_id: str
+    callback: Annotated[str, one_of("owed")] = "owed"
+
+
+class ModelOffer(msgspec.Struct, frozen=True):
+    """A model. `id`: what an init names; `model`: what the provider calls it."""
+
+    id: str
+    provider: str
+    model: str
+
+
+class ProviderState(msgspec.Struct, frozen=True):
+    """How a provider stands. `configured`: its key is there; `error`: the code of why it could not be asked for its models."""
+
+    name: str
+    configured: bool
+    error: str | None
+    defaults: dict[str, Any]
+    limits: dict[str, Any]
+
+
+class ModelsAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """What an init may name as its model. `default`: what it gets that names none."""
+
+    ok: Ok = True
+    default: str
+    models: list[ModelOffer]
+    providers: list[ProviderState]
+
+
 @bp.get("/sessions/<session_id>")
 def session(session_id: str) -> Response:
     """State, times, tokens, and the callback with its attempts. Never prompt, answer or resumeUrl."""
@@ -44,7 +94,7 @@ def session(session_id: str) -> Response:
     if record is None or record.subject != caller.subject:
         raise NotFound("There is no such session, or it is no longer kept.")
     tell(session=record.id)
-    return json_response({"ok": True, **description(record)})
+    return json_response(SessionAnswer(**msgspec.structs.asdict(description(record))))
 
 
 @bp.get("/callbacks")
@@ -68,8 +118,8 @@ def callbacks() -> Response:
         (int(cursor[1]), cursor[2]) if cursor else None,
         int(limit),
     )
-    found: list[dict[str, Any]] = [description(record) for record in page.callbacks]
-    return json_response({"ok": True, "callbacks": found, "next": f"{page.after[0]}-{page.after[1]}" if page.after else None})
+    following = f"{page.after[0]}-{page.after[1]}" if page.after else None
+    return json_response(CallbacksAnswer(callbacks=[description(record) for record in page.callbacks], next=following))
 
 
 @bp.post("/callbacks/<session_id>/redeliver")
@@ -87,7 +137,7 @@ def redeliver(session_id: str) -> Response:
     record = parts().store.outbox.record(session_id)
     if record is not None and record.callback is not None:
         parts().delivery.wake(session_id, record.callback.origin)
-    return json_response({"ok": True, "streamId": session_id, "callback": "owed"}, 202)
+    return json_response(RedeliveryAnswer(stream_id=session_id), 202)
 
 
 @bp.get("/models")
@@ -96,29 +146,24 @@ def models() -> Response:
     _caller()
     listings = parts().providers.listing()
     return json_response(
-        {
-            "ok": True,
-            "default": parts().config.default_model,
-            "models": [
-                {"id": name, "provider": listing.endpoint.name, "model": model}
-                for listing in listings
-                for name, model in listing.routes
-            ],
-            "providers": [_provider(listing) for listing in listings],
-        }
+        ModelsAnswer(
+            default=parts().config.default_model,
+            models=[ModelOffer(name, listing.endpoint.name, model) for listing in listings for name, model in listing.routes],
+            providers=[_provider(listing) for listing in listings],
+        )
     )
 
 
-def _provider(listing: Listing) -> dict[str, Any]:
+def _provider(listing: Listing) -> ProviderState:
     """How a provider stands. Its address is the operator's own business."""
     endpoint = listing.endpoint
-    return {
-        "name": endpoint.name,
-        "configured": listing.usable,
-        "error": listing.error or None,
-        "defaults": endpoint.defaults.model_dump(include=set(Defaults.model_fields), exclude_none=True),
-        "limits": endpoint.limits.model_dump(exclude_none=True),
-    }
+    return ProviderState(
+        name=endpoint.name,
+        configured=listing.usable,
+        error=listing.error or None,
+        defaults=endpoint.defaults.model_dump(include=set(Defaults.model_fields), exclude_none=True),
+        limits=endpoint.limits.model_dump(exclude_none=True),
+    )
 
 
 @bp.get("/metrics")

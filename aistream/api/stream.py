@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import msgspec
 from flask import Blueprint, Response, g, request
 
-from aistream.api import bearer, json_response, normal_id, parts, tell
+from aistream.api import Ok, bearer, json_response, normal_id, parts, tell
+from aistream.callback import one_of
 from aistream.errors import NotFound, Refused, StoreUnavailable
 from aistream.events import Cursor
 from aistream.session import Missing, State
@@ -18,6 +22,14 @@ HEADERS = {
     "Cache-Control": "no-store, no-transform",
     "X-Accel-Buffering": "no",
 }
+
+
+class CancelAnswer(msgspec.Struct, frozen=True, kw_only=True, rename={"stream_id": "streamId"}):
+    """`cancelling`: it runs, and its ending follows; else the ending that it has."""
+
+    ok: Ok = True
+    stream_id: str
+    status: Annotated[str, one_of("cancelling", State.COMPLETED, State.FAILED, State.CANCELLED, State.EXPIRED)]
 
 
 @bp.get("/stream/<session_id>")
@@ -60,7 +72,7 @@ def cancel(session_id: str) -> Response:
     if isinstance(state, Missing):
         raise StoreUnavailable if state.perhaps else NotFound("There is no such stream.")
     ended = state is not State.RUNNING
-    answer = {"ok": True, "streamId": session_id, "status": state.value if ended else "cancelling"}
+    answer = CancelAnswer(stream_id=session_id, status=state.value if ended else "cancelling")
     return json_response(answer, 200 if ended else 202)
 
 
