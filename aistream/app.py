@@ -7,7 +7,7 @@ import time
 from flask import Flask
 
 from aistream import api, telemetry
-from aistream.api import Parts, demo, health, init, operator, stream
+from aistream.api import Parts, demo, health, init, openapi, operator, stream
 from aistream.background import Background
 from aistream.config import Config
 from aistream.delivery import SENDERS, Delivery
@@ -50,4 +50,5 @@ def create_app(config: Config, *, store: Store | None = None) -> Flask:
         app.register_blueprint(bp)
     if config.dev_mode:
         app.register_blueprint(demo.bp)
+        app.register_blueprint(openapi.bp)
     return app

@@ -1,7 +1,7 @@
-"""The shell's side of the service: `aistream callbacks list | show | redeliver`.
+"""The shell's side of the service: `aistream callbacks list | show | redeliver`, and `aistream openapi`.
 
-Works on the store itself, with the service's own configuration: it sees the callbacks of all subjects, also while no worker
-is alive. Whatever it makes due is sent by the workers.
+`callbacks` works on the store itself, with the service's own configuration: it sees those of all subjects, also while no
+worker is alive. Whatever it makes due is sent by the workers.
 """
 
 from __future__ import annotations
@@ -117,6 +117,19 @@ def redeliver(session_ids: tuple[str, ...], everything: bool, as_json: bool) -> 
         click.echo(f"{done} of {len(outcomes)} dead letters are due now" if outcomes else "there are no dead letters")
     if done < len(outcomes):
         sys.exit(1)
+
+
+@main.command()
+def openapi() -> None:
+    """Print the OpenAPI document of the service with this configuration."""
+    # What it is made from knows all of the service: the other commands need not wait for that.
+    from aistream.api.openapi import document
+
+    try:
+        config = load()
+    except ConfigError as error:
+        sys.exit(str(error))
+    click.echo(json.dumps(document(config), indent=2, ensure_ascii=False))
 
 
 class _outbox:

@@ -17,7 +17,8 @@ ORDER = """
     cli
     app  worker
     garbage
-    api.demo
+    api.demo  api.openapi
+    api.contract
     api.init  api.stream  api.health  api.operator
     api
     background
@@ -46,14 +47,14 @@ ORDER = """
     events
     config
     parse  endpoints  retry_after
-    errors
+    errors  api.readable
 """
 #: Who may import from its own line: a viewer in this process reads what the generation here writes.
 BESIDE = {"viewing": {"generation"}}
 
 PURE = [
     *("providers.redaction", "callback", "destination", "tokens", "session", "sse", "events"),
-    *("config", "parse", "endpoints", "retry_after", "errors"),
+    *("config", "parse", "endpoints", "retry_after", "errors", "api.readable"),
 ]
 #: What a pure module has no business with: the network, other processes, the disk, chance and the clock.
 IMPURE = """

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from flask import Blueprint, Response, request, send_from_directory
 
-from aistream.api import json_response, parts
+from aistream.api import as_page, json_response, parts
 from aistream.api.init import accept, read_body
 from aistream.callback import timestamp
 from aistream.errors import NotFound
@@ -96,9 +96,7 @@ def drop(session_id: str) -> Response:
 
 
 def _asset(name: str) -> Response:
-    response = send_from_directory(_ASSETS, name, max_age=0)
-    response.headers["Content-Security-Policy"] = "default-src 'self'; base-uri 'none'; frame-ancestors 'none'"
-    return response
+    return as_page(send_from_directory(_ASSETS, name, max_age=0))
 
 
 def _key(text: str) -> str:

@@ -33,6 +33,8 @@ MAX_METADATA_CHARS = 16_384
 MAX_URL_CHARS = 2_048
 #: As long as Stripe's.
 MAX_KEY_CHARS = 255
+#: An Idempotency-Key: visible ASCII, with spaces inside.
+KEY = re.compile(rf"[!-~]([ -~]{{0,{MAX_KEY_CHARS - 2}}}[!-~])?")
 #: Seconds without a viewer after which `"onDisconnect": "cancel"` cancels: a reload, or a tunnel, is no farewell.
 DISCONNECT_GRACE = 30.0
 
@@ -43,12 +45,18 @@ def _no_nul(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_no_nul)]
-Name = Annotated[str, StringConstraints(max_length=512), AfterValidator(_no_nul)]
-Model = Annotated[str, StringConstraints(min_length=1, max_length=200), AfterValidator(_no_nul)]
-Stop = Annotated[str, StringConstraints(min_length=1, max_length=200), AfterValidator(_no_nul)]
+#: Our own check, since pydantic's of a pattern costs ten times as much; the OpenAPI document has it as one.
+_Whole = Annotated[str, AfterValidator(_no_nul), Field(json_schema_extra={"pattern": "^[^\\u0000]*$"})]
+Text = _Whole
+Name = Annotated[_Whole, StringConstraints(max_length=512)]
+Model = Annotated[_Whole, StringConstraints(min_length=1, max_length=200)]
+Stop = Annotated[_Whole, StringConstraints(min_length=1, max_length=200)]
 #: Echoed in the type it came in. JSON has no NaN, and `true` is no number.
 Echoed = Name | int | float | None
+
+
+#: What resumeUrl is, before it is asked where it leads.
+_HTTP_URL: dict[str, Any] = {"format": "uri", "pattern": "^[Hh][Tt][Tt][Pp][Ss]?://"}
 
 
 class Turn(BaseModel):
@@ -63,27 +71,44 @@ class Turn(BaseModel):
 class InitRequest(BaseModel):
     """The body of POST /init-stream. camelCase lives here and in the callback's payload, nowhere else."""
 
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, use_attribute_docstrings=True)
 
     n8nToken: str | None = None
-    resumeUrl: Annotated[str, StringConstraints(min_length=1, max_length=MAX_URL_CHARS)]
-    prompt: Annotated[str, StringConstraints(min_length=1), AfterValidator(_no_nul)]
+    """n8n's JWT, where it does not come as `Authorization: Bearer`, which then wins."""
+    resumeUrl: Annotated[str, StringConstraints(min_length=1, max_length=MAX_URL_CHARS), Field(json_schema_extra=_HTTP_URL)]
+    """Where the callback goes: `{{ $execution.resumeUrl }}`. Its origin must be among `RESUME_URL_ALLOWED_ORIGINS`."""
+    prompt: Annotated[_Whole, StringConstraints(min_length=1)]
+    """The last turn of the user."""
     userId: Echoed = None
+    """Echoed in the callback, in the type it came in."""
     chatId: Echoed = None
+    """Echoed in the callback, in the type it came in."""
     model: Model | None = None
+    """`DEFAULT_MODEL` where it is missing. `GET /models` lists what there is."""
     fallbackModels: Annotated[list[Model], Field(max_length=MAX_FALLBACKS)] | None = None
+    """Asked in this order when `model` has failed before its first token."""
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """4096 where it is missing, or what the provider's defaults say."""
     messages: Annotated[list[Turn], Field(max_length=MAX_MESSAGES)] | None = None
+    """The earlier turns. With `system` at most `MAX_PROMPT_CHARS` characters."""
     system: Text | None = None
+    """Instructions for the model."""
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    """Where one of these comes, the answer ends before it."""
     reasoning_effort: Effort | None = None
+    """How hard the model is to think."""
     metadata: dict[str, Any] | None = None
+    """Echoed in the callback. At most 16 KiB of JSON."""
     format: Literal["text", "json"] | None = None
+    """Goes into the `streamUrl`."""
     start: Literal["connect", "immediate"] | None = None
+    """`connect`, the default: the first viewer starts the answer. `immediate`: it starts at once."""
     onDisconnect: Literal["continue", "cancel"] | None = None
+    """`continue`, the default: the answer goes on without viewers. `cancel`: it is stopped when the last has left."""
     disconnectGraceSeconds: Annotated[float, Field(ge=1, le=3_600)] | None = None
+    """How long after that; 30 where it is missing."""
 
 
 class InitAnswer(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
@@ -117,7 +142,7 @@ def _key(body: dict[str, Any], caller: Caller) -> IdempotencyKey | None:
     given = request.headers.get("Idempotency-Key")
     if given is None:
         return None
-    if not re.fullmatch(rf"[!-~](?:[ -~]{{0,{MAX_KEY_CHARS - 2}}}[!-~])?", given):
+    if not KEY.fullmatch(given):
         expected = f"expected 1 to {MAX_KEY_CHARS} visible ASCII characters, such as a UUID"
         raise InvalidRequest.naming(Fault("Idempotency-Key", expected))
     asked = {name: value for name, value in body.items() if name != "n8nToken"}

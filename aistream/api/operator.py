@@ -25,7 +25,8 @@ bp = Blueprint("operator", __name__)
 
 #: Most callbacks of one page.
 MAX_LIMIT = 1_000
-_AFTER = re.compile(r"([0-9]{1,15})-([0-9a-f-]{36})")
+#: A cursor of such a page: when the callback became what it is, and its session.
+AFTER = re.compile(r"([0-9]{1,15})-([0-9a-f-]{36})")
 
 _NOT_REDELIVERED: dict[Redelivery, tuple[str, str]] = {
     "not_ended": ("not_ended", "The session has not ended yet: its callback follows the ending."),
@@ -107,7 +108,7 @@ def callbacks() -> Response:
         faults.append(Fault("state", "expected owed or dead"))
     if not re.fullmatch(r"[0-9]{1,4}", limit) or not 1 <= int(limit) <= MAX_LIMIT:
         faults.append(Fault("limit", f"expected a whole number from 1 to {MAX_LIMIT}"))
-    cursor = _AFTER.fullmatch(after) if after else None
+    cursor = AFTER.fullmatch(after) if after else None
     if after and not cursor:
         faults.append(Fault("after", "expected next of the page before"))
     if faults:
