@@ -14,7 +14,7 @@ MAKEFLAGS += --no-print-directory
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # `make -j test` must not run the tests beside the installation they need
-.PHONY: help run test test-n8n bench env token lint format lock setup clean runtime dev
+.PHONY: help run test test-n8n bench env token openapi lint format lock audit setup clean runtime dev
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## /\1\t/p' Makefile | while IFS='	' read -r target text; do \
@@ -42,10 +42,19 @@ env: runtime  ## write a .env with random secrets; only the provider keys are mi
 token: runtime  ## print the call of /init-stream to paste, with a fresh token
 	@DEV_MODE=true $(BIN)/python generate_token.py --curl
 
-lint: dev  ## ruff and mypy
+# With the defaults: nothing of this machine's .env stands in it.
+openapi: runtime  ## write docs/openapi.json anew from the code's own models
+	@PYTHON_DOTENV_DISABLED=true DEV_MODE=true PORT= $(BIN)/python -m aistream openapi > docs/openapi.json.new
+	@mv docs/openapi.json.new docs/openapi.json
+
+# What measures the service starts processes (B404, B603, B607), rolls dice for its load (B311) and asserts (B101), all on purpose.
+BENCH_MAY := B101,B311,B404,B603,B607
+lint: dev  ## ruff, mypy, and bandit over what runs
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/bandit --quiet --configfile pyproject.toml --recursive aistream wsgi.py gunicorn.conf.py generate_token.py
+	@$(BIN)/bandit --quiet --configfile pyproject.toml --recursive bench --skip $(BENCH_MAY)
 
 format: dev  ## let ruff format the code and fix what it can
 	@$(BIN)/ruff check --fix .
@@ -58,6 +67,11 @@ lock: runtime  ## write requirements*.txt anew from pyproject.toml (LOCK_ARGS=--
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
 	@$(UV_COMPILE) $(LOCK_ARGS) --output-file requirements.txt
 	@$(UV_COMPILE) $(LOCK_ARGS) --constraint requirements.txt --group dev --output-file requirements-dev.txt
+
+# Asks PyPI's advisories about every pinned version, and fails where it gets no answer: it needs the network, so CI does not run it.
+audit: runtime  ## look for known vulnerabilities in everything that requirements*.txt pins
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	@$(BIN)/uv tool run --quiet pip-audit==2.10.1 --requirement requirements-dev.txt --disable-pip --strict
 
 setup: dev  ## only make the venv, with everything for development
 

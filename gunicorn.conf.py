@@ -33,7 +33,7 @@ server_lines.Logger.as_text = loglines.wants_text(service)
 logger_class = server_lines.Logger
 loglevel = "info" if service.log_level == "debug" else service.log_level
 # Heartbeat files on disk can block a worker for seconds.
-worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None
+worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None  # nosec B108  # a name of its own
 control_socket_disable = True
 
 

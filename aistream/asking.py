@@ -180,7 +180,7 @@ class Asking:
                         allowed=self._config.provider_retries,
                         backoff=self._config.provider_backoff_seconds,
                         left=self._left(budget),
-                        dice=random(),
+                        dice=random(),  # nosec B311  # spreads retries; nothing is secret about it
                     )
                 self._report(failure, wait)
                 if wait is None:

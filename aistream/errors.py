@@ -18,7 +18,41 @@ What a caller may know is in the error; what only the operator may know goes to 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+#: Every code of an answer that is no success: stable, and public. What each says and where it may come from stands in
+#: `api.contract.CODES` and docs/http.md; mypy finds a code that is not here, and the tests one that is not there.
+Code = Literal[
+    "invalid_json",
+    "invalid_request",
+    "unknown_model",
+    "provider_not_configured",
+    "token_missing",
+    "token_malformed",
+    "token_expired",
+    "token_unsigned",
+    "token_algorithm",
+    "token_signature",
+    "token_claim_missing",
+    "token_not_yet_valid",
+    "token_audience",
+    "token_issuer",
+    "token_wrong_kind",
+    "not_found",
+    "method_not_allowed",
+    "already_delivered",
+    "not_ended",
+    "content_gone",
+    "replay_over",
+    "session_lost",
+    "log_lost",
+    "body_too_large",
+    "unsupported_media_type",
+    "idempotency_key_reused",
+    "too_many_viewers",
+    "internal",
+    "store_unavailable",
+]
 
 
 class AistreamError(Exception):
@@ -48,14 +82,14 @@ class Problem(AistreamError):
     """An answer that is not a success, told as RFC 9457 problem+json with a stable `code`."""
 
     status = 500
-    code = "internal"
+    code: Code = "internal"
     title = "Something went wrong on our side"
 
     def __init__(
         self,
         detail: str,
         *,
-        code: str | None = None,
+        code: Code | None = None,
         status: int | None = None,
         title: str | None = None,
         faults: Sequence[Fault] = (),
@@ -78,7 +112,7 @@ class InvalidRequest(Problem):
     title = "The request is not valid"
 
     @classmethod
-    def naming(cls, *faults: Fault, code: str | None = None) -> InvalidRequest:
+    def naming(cls, *faults: Fault, code: Code | None = None) -> InvalidRequest:
         """One whose detail names these faults."""
         detail = "; ".join(f"{fault.field}: {fault.message}" for fault in faults) + "."
         return cls(detail, code=code, faults=faults)
@@ -88,10 +122,9 @@ class Unauthorized(Problem):
     """The token is missing or cannot be accepted; the code says which."""
 
     status = 401
-    code = "token_invalid"
     title = "The token was not accepted"
 
-    def __init__(self, detail: str, *, code: str) -> None:
+    def __init__(self, detail: str, *, code: Code) -> None:
         # RFC 6750 3: a 401 names its scheme; `error` only where a token was given.
         challenge = "Bearer" if code == "token_missing" else 'Bearer error="invalid_token"'
         super().__init__(detail, code=code, headers={"WWW-Authenticate": challenge})
@@ -109,8 +142,10 @@ class Conflict(Problem):
     """What is asked cannot be done in the state that things are in; the code says which."""
 
     status = 409
-    code = "conflict"
     title = "Not in this state"
+
+    def __init__(self, detail: str, *, code: Code) -> None:
+        super().__init__(detail, code=code)
 
 
 class StoreUnavailable(Problem):
@@ -133,7 +168,7 @@ class Refused(Problem):
     final: bool
     event_id: str | None
 
-    def __init__(self, code: str, event_id: str | None = None) -> None:
+    def __init__(self, code: Code, event_id: str | None = None) -> None:
         self.status, self.final, detail = _REFUSALS[code]
         self.event_id = event_id
         headers = {} if self.final else {"Retry-After": "2"}
@@ -141,7 +176,7 @@ class Refused(Problem):
 
 
 # code -> (status for a client that is no EventSource, final?, what the person is told)
-_REFUSALS: dict[str, tuple[int, bool, str]] = {
+_REFUSALS: dict[Code, tuple[int, bool, str]] = {
     "replay_over": (410, True, "The answer is complete and no longer kept for replay."),
     "too_many_viewers": (429, False, "This answer has as many viewers as it may have. Close one and try again."),
     "store_unavailable": (503, False, "The service cannot reach its store now. Try again shortly."),

@@ -22,7 +22,7 @@ def make() -> None:
     if named and not Path(named).name.startswith(_PREFIX):
         return
     # In memory where that is to be had: the files are mapped, and written to at each count.
-    parent = Path("/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir())
+    parent = Path("/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir())  # nosec B108  # mkdtemp
     for folder in parent.glob(f"{_PREFIX}*-*"):
         master = folder.name.removeprefix(_PREFIX).partition("-")[0]
         if master.isdigit() and not _alive(int(master)):

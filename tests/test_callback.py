@@ -3,7 +3,8 @@
 import base64
 import json
 import time
-from datetime import datetime
+from datetime import UTC, datetime
+from email.utils import format_datetime
 from typing import Any
 
 import msgspec
@@ -28,6 +29,7 @@ from aistream.callback import (
 )
 from aistream.config import Config
 from aistream.events import End, Failed, Usage
+from aistream.retry_after import retry_after
 from aistream.session import EXPIRED, Outcome, Request, Session
 from tests.neighbours import receiver as n8n
 
@@ -422,3 +424,56 @@ def test_every_answer_means_something_and_no_reason_quotes_it(status: int, conte
 
     assert isinstance(verdict, (Delivered, Retry, Dead))
     assert "QUOTED" not in str(msgspec.to_builtins(verdict))
+
+
+#: Whatever may stand between a callback and its meaning, n8n's own words among it.
+SAID = st.builds(
+    Answer,
+    st.integers(100, 999),
+    st.sampled_from(["", HTML, "Text/HTML", "application/json", "text/plain"]),
+    st.text(max_size=10)
+    | st.sampled_from(["is running already", "has finished already", "does not exist", "matching path/method", "Cannot POST /x"]),
+    st.none() | st.floats(0, 1e6),
+    st.booleans(),
+)
+
+
+@settings(deadline=None)
+@given(SAID)
+def test_that_an_earlier_attempt_may_have_arrived_makes_of_a_dead_callback_a_delivered_one_and_changes_nothing_else(
+    said: Answer,
+) -> None:
+    first, later = meaning(said, ambiguous=False), meaning(said, ambiguous=True)
+
+    assert type(first) is type(later) or (type(first), type(later)) == (Dead, Delivered)
+    assert type(first) is type(later) or said.status in (404, 409)
+
+
+@settings(deadline=None)
+@given(SAID, st.booleans())
+def test_every_answer_keeps_to_the_rules(said: Answer, ambiguous: bool) -> None:
+    verdict = meaning(said, ambiguous=ambiguous)
+
+    status, page = said.status, said.content_type.lower().startswith("text/html")
+    if 200 <= status < 300:
+        assert type(verdict) is (Retry if page else Delivered)
+    elif status >= 500 or status in (408, 425, 429):
+        assert verdict == Retry(f"n8n answered {status}", status in (500, 504, 524), said.retry_after)
+    elif status not in (404, 409):
+        assert type(verdict) is Dead
+    if isinstance(verdict, Retry):
+        assert verdict.running == (status == 409 and "running already" in said.body and not said.broken)
+
+
+@settings(deadline=None)
+@given(
+    st.text(max_size=20)
+    | st.text("0123456789 :,+-GMTWedJanFeb", max_size=40)
+    | st.datetimes().map(lambda at: format_datetime(at.replace(tzinfo=UTC), usegmt=True))
+    | st.integers(0, 10**30).map(str),
+    st.floats(0, 1e11),
+)
+def test_a_retry_after_is_a_number_of_seconds_to_wait_or_nothing(value: str, now: float) -> None:
+    seconds = retry_after(value, now)
+
+    assert seconds is None or 0 <= seconds < 1e12

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from aistream.config import Config
 from aistream.endpoints import Endpoint
@@ -178,3 +180,28 @@ def test_a_default_provider_may_be_an_alias() -> None:
     assert faults(FULL, DEFAULT_PROVIDER="groq") == [
         "DEFAULT_PROVIDER is 'groq': expected one of openai, anthropic, ollama, fast, claude-proxy"
     ]
+
+
+NAMES = st.sampled_from(["base_url", "api", "key_variable", "model", "models", "defaults", "limits", "openai", "a", "max_tokens"])
+VALUES = st.recursive(
+    st.sampled_from(['"http://a/v1"', '"x"', "1", "-1.5", "inf", "true", "1979-05-27", '"""', "[", "'\0'"]) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3).map(lambda many: f"[{','.join(many)}]")
+        | st.dictionaries(NAMES, inner, max_size=3).map(lambda pairs: f"{{{','.join(f'{k}={v}' for k, v in pairs.items())}}}")
+    ),
+    max_leaves=4,
+)
+LINES = st.one_of(
+    NAMES.map(lambda name: f"[{name}]"), st.tuples(NAMES, VALUES).map(lambda pair: f"{pair[0]} = {pair[1]}"), st.text(max_size=8)
+)
+
+
+@settings(deadline=None)
+@given(st.lists(LINES, max_size=6).map("\n".join))
+def test_whatever_stands_in_the_file_is_taken_or_told_as_a_fault_of_it(text: str) -> None:
+    try:
+        config = configured(text)
+    except ConfigError as error:
+        assert [fault for fault in error.faults if not fault.startswith("MODELS_FILE ")] == []
+    else:
+        assert {"openai", "anthropic"} <= {endpoint.name for endpoint in config.endpoints}

@@ -1,6 +1,7 @@
 """Events and their ids: as they stand in the log, on the wire and in a browser's Last-Event-ID."""
 
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -67,11 +68,17 @@ def test_a_cursor_survives_being_written_and_read(epoch: int, seq: int) -> None:
 
 
 @EXAMPLES
-@given(st.text(st.sampled_from("0123456789-٣ +\n"), max_size=45))
-def test_whatever_a_client_sends_as_its_last_id_is_a_cursor_within_the_limits_or_none(text: str) -> None:
+@given(
+    st.text(st.sampled_from("0123456789-٣ +\n"), max_size=45)
+    | st.text(st.characters(exclude_categories=()))
+    | st.tuples(st.integers(0, 2**70), st.integers(-1, 2**70)).map(lambda pair: f"{pair[0]}-{pair[1]}")
+)
+def test_whatever_a_client_sends_as_its_last_id_is_the_cursor_it_says_or_none(text: str) -> None:
     cursor = Cursor.parse(text)
 
-    assert cursor is None or (0 <= cursor.epoch <= MAX_UINT64 and 0 <= cursor.seq <= MAX_UINT64)
+    numbers = [int(part) for part in text.split("-")] if re.fullmatch("[0-9]{1,20}-[0-9]{1,20}", text) else []
+    within = bool(numbers) and max(numbers) <= MAX_UINT64
+    assert cursor == (tuple(numbers) if within else None)
 
 
 def test_cursors_stand_in_the_order_of_redis_entry_ids() -> None:

@@ -176,6 +176,10 @@ def test_text_is_kept_to_the_character(client: FlaskClient) -> None:
     assert [request.prompt, request.system, *request.stop, request.messages[0].content] == [text] * 4
 
 
+def test_a_whole_number_may_be_written_with_a_point(client: FlaskClient) -> None:
+    assert stored(client, send(client, json.dumps(asked()).encode()[:-1] + b', "max_tokens": 500.0}')).max_tokens == 500
+
+
 def test_of_a_key_that_comes_twice_the_last_counts(client: FlaskClient) -> None:
     answer = send(client, b'{"prompt":"one","resumeUrl":"http://n8n.test/1","prompt":"two"}')
 
@@ -523,7 +527,7 @@ JSON = st.recursive(
 )
 FIELDS = (
     "resumeUrl prompt userId chatId model max_tokens messages system temperature top_p stop metadata format"
-    " start onDisconnect disconnectGraceSeconds"
+    " start onDisconnect disconnectGraceSeconds fallbackModels reasoning_effort"
 )
 EXAMPLES = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -539,6 +543,44 @@ def assert_no_accident(answer: TestResponse) -> None:
 @given(body=st.dictionaries(st.sampled_from(FIELDS.split()), JSON, min_size=1))
 def test_no_value_of_any_field_is_an_accident(client: FlaskClient, body: dict[str, Any]) -> None:
     assert_no_accident(send(client, json.dumps(asked(**body)).encode()))
+
+
+@EXAMPLES
+@given(field=st.sampled_from(FIELDS.split()), value=JSON)
+def test_a_fault_names_the_field_that_has_it_and_no_other(client: FlaskClient, field: str, value: object) -> None:
+    answer = send(client, json.dumps(asked(**{field: value})).encode())
+
+    if answer.status_code == 400 and (answer.json or {})["code"] != "invalid_json":
+        named_fields = {error["field"] for error in (answer.json or {})["errors"]}
+        assert {re.split(r"[.\[]", name)[0] for name in named_fields} == {field}
+
+
+GOOD_TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=20)
+GOOD = st.fixed_dictionaries(
+    {"prompt": GOOD_TEXT.map(lambda text: text or "?")},
+    optional={
+        "userId": GOOD_TEXT | st.integers(-(10**30), 10**30) | st.floats(allow_nan=False, allow_infinity=False) | st.none(),
+        "max_tokens": st.integers(1, 1_000_000) | st.integers(1, 1_000_000).map(float) | st.none(),
+        "messages": st.lists(
+            st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]), "content": GOOD_TEXT}), max_size=3
+        ),
+        "system": GOOD_TEXT,
+        "temperature": st.floats(0, 2),
+        "top_p": st.floats(0, 1),
+        "stop": GOOD_TEXT.map(lambda text: text or "?") | st.lists(GOOD_TEXT.map(lambda text: text or "?"), max_size=4),
+        "metadata": st.dictionaries(GOOD_TEXT, GOOD_TEXT | st.lists(st.integers()), max_size=3),
+        "fallbackModels": st.lists(st.just("echo"), max_size=5),
+        "disconnectGraceSeconds": st.floats(1, 3_600),
+        "format": st.sampled_from(["text", "json", None]),
+        "unknown": GOOD_TEXT,
+    },
+)
+
+
+@EXAMPLES
+@given(body=GOOD)
+def test_a_good_body_is_accepted_whatever_it_says(client: FlaskClient, body: dict[str, Any]) -> None:
+    accepted(send(client, json.dumps(asked(**body)).encode()))
 
 
 @EXAMPLES

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 import httpx
+import msgspec
 import pytest
 from httpx_sse import EventSource, ServerSentEvent
 from hypothesis import given, settings
@@ -210,3 +211,35 @@ def test_json_mode_carries_any_text_exactly_through_any_cuts(chunks: list[str], 
     assert "".join(json.loads(event.data)["text"] for event in events) == whole("".join(chunks))
     assert json.loads(end.data) == {"type": "end", "finish_reason": "stop"}
     assert (done.data, done.id) == (DONE, "1-99")
+
+
+ANY = st.text(st.characters(exclude_categories=("Cs",)), max_size=12) | st.sampled_from([DONE, "\r", "\n\n", "\0", "data: x"])
+COUNT = st.integers(0, 10**9)
+EVENTS = st.one_of(
+    st.builds(Start, ANY, ANY, ANY),
+    st.builds(Text, ANY),
+    st.builds(Reasoning, ANY),
+    st.builds(Usage, COUNT, COUNT, COUNT, COUNT, st.sampled_from(["provider", "partial", "estimated"]), st.none() | ANY),
+    st.builds(Failed, ANY, ANY, st.booleans()),
+)
+
+
+@EXAMPLES
+@given(st.lists(EVENTS, min_size=1, max_size=6), CUTS)
+def test_json_mode_carries_any_event_exactly_through_any_cuts(events: list[Event], cuts: list[int]) -> None:
+    frames = [json_frame(Cursor(1, seq), event) for seq, event in enumerate(events, 1)]
+
+    read = decoded(PREAMBLE + HEARTBEAT.join(frames), cuts)
+
+    assert [msgspec.json.decode(one.data, type=Start | Text | Reasoning | Usage | Failed) for one in read] == events
+    assert [one.id for one in read] == [f"1-{seq}" for seq in range(1, len(events) + 1)]
+    assert [one.event for one in read] == ["error" if isinstance(event, Failed) else "message" for event in events]
+
+
+@EXAMPLES
+@given(st.builds(Failed, ANY, ANY, st.booleans()), CUTS)
+def test_text_mode_carries_any_failure_exactly_through_any_cuts(failed: Failed, cuts: list[int]) -> None:
+    (read,) = decoded(text_frame(AT, failed), cuts)
+
+    assert json.loads(read.data) == {"code": failed.code, "message": failed.message, "retryable": failed.retryable}
+    assert (read.event, read.id) == ("error", "1-7")

@@ -17,7 +17,7 @@ from aistream.background import Background
 from aistream.config import LOOPBACK_ORIGIN, Config
 from aistream.delivery import Delivery
 from aistream.destination import Destinations
-from aistream.errors import Problem
+from aistream.errors import Code, Problem
 from aistream.generation import Generations
 from aistream.providers import Providers
 from aistream.store import Store
@@ -32,7 +32,13 @@ _TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-
 #: Endpoints that are asked every few seconds for as long as the service lives: their lines are at debug.
 _INCESSANT = {"health.alive", "health.ready", "operator.metrics"}
 
-_TITLES = {404: "Not found", 405: "Method not allowed", 413: "The request is too large"}
+#: What becomes of werkzeug's own errors.
+_KNOWN: dict[int, tuple[Code, str]] = {
+    404: ("not_found", "Not found"),
+    405: ("method_not_allowed", "Method not allowed"),
+    413: ("body_too_large", "The request is too large"),
+    415: ("unsupported_media_type", "Not JSON"),
+}
 
 
 #: Of every answer that is a success; clients of the original service look at it.
@@ -197,11 +203,11 @@ def _write_line(response: Response) -> Response:
 
 def _http_error(error: HTTPException) -> Response:
     status = error.code or 500
+    code, title = _KNOWN.get(status, ("invalid_request" if status < 500 else "internal", error.name))
+    detail = title + "."
     if isinstance(error, RequestEntityTooLarge):
         detail = f"The body is larger than {current_app.config['MAX_CONTENT_LENGTH']} bytes (MAX_BODY_BYTES)."
-        return problem(Problem(detail, status=413, code="body_too_large", title=_TITLES[413]))
-    title = _TITLES.get(status, error.name)
-    answer = problem(Problem(title + ".", status=status, code=re.sub(r"\W+", "_", error.name.lower()), title=title))
+    answer = problem(Problem(detail, status=status, code=code, title=title))
     allowed = getattr(error, "valid_methods", None)
     if allowed:
         answer.headers["Allow"] = ", ".join(allowed)

@@ -1,7 +1,7 @@
 """What the routes of the API promise, beside what their models say: who may call them, and what may come of it.
 
-Tables only; `openapi` makes the document of them. A new code is one line in `CODES`. Tests hold the tables against the routes,
-against every code in the source, and against thousands of generated requests.
+Tables only; `openapi` makes the document of them. A new code is a line in `errors.Code`, and one in `CODES`. Tests hold the
+tables against the routes and the codes, and the document against thousands of generated requests.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from aistream.api import health, init, operator, stream
 from aistream.callback import USER_AGENT
+from aistream.errors import Code
 
 Json = dict[str, Any]
 
@@ -20,49 +21,49 @@ _VIEWER = ("watchStream", "cancelStream")
 _STORED = ("initStream", *_VIEWER, "getSession", "listCallbacks", "redeliverCallback", "getMetrics")
 
 
-class Code(NamedTuple):
-    """The code of an answer that is no success. `where`: the operations it may come from; empty: not from a documented one."""
+class Refusal(NamedTuple):
+    """What a code says. `where`: the operations that it may come from; empty: none of the documented ones."""
 
     status: int
     where: tuple[str, ...]
     meaning: str
 
 
-#: Every one there is; docs/http.md has the same.
-CODES = {
-    "invalid_json": Code(400, ("initStream",), "the body is not a JSON object"),
-    "invalid_request": Code(400, ("initStream", "listCallbacks"), "fields that cannot be used, each named in `errors`"),
-    "unknown_model": Code(400, ("initStream",), "no provider serves this model"),
-    "provider_not_configured": Code(400, ("initStream",), "the model's provider has no key"),
-    "token_missing": Code(401, (*_CALLER, *_VIEWER, "getMetrics"), "there is no token"),
-    "token_malformed": Code(401, (*_CALLER, *_VIEWER), "not a JWT, or a claim of the wrong type"),
-    "token_expired": Code(401, (*_CALLER, *_VIEWER), "`exp` lies in the past"),
-    "token_unsigned": Code(401, (*_CALLER, *_VIEWER), "`alg` is `none`"),
-    "token_algorithm": Code(401, (*_CALLER, *_VIEWER), "another algorithm than the configured one"),
-    "token_signature": Code(401, (*_CALLER, *_VIEWER), "signed with another secret"),
-    "token_claim_missing": Code(401, (*_CALLER, *_VIEWER), "a required claim is not there"),
-    "token_not_yet_valid": Code(401, (*_CALLER, *_VIEWER), "`nbf` or `iat` lies in the future"),
-    "token_audience": Code(401, (*_CALLER, *_VIEWER), "another `aud` than the configured one"),
-    "token_issuer": Code(401, (*_CALLER, *_VIEWER), "another `iss` than the configured one"),
-    "token_wrong_kind": Code(401, (*_CALLER, *_VIEWER, "getMetrics"), "a token for something else"),
-    "not_found": Code(
+#: Every one there is; docs/http.md has the same with their statuses.
+CODES: dict[Code, Refusal] = {
+    "invalid_json": Refusal(400, ("initStream",), "the body is not a JSON object"),
+    "invalid_request": Refusal(400, ("initStream", "listCallbacks"), "fields that cannot be used, each named in `errors`"),
+    "unknown_model": Refusal(400, ("initStream",), "no provider serves this model"),
+    "provider_not_configured": Refusal(400, ("initStream",), "the model's provider has no key"),
+    "token_missing": Refusal(401, (*_CALLER, *_VIEWER, "getMetrics"), "there is no token"),
+    "token_malformed": Refusal(401, (*_CALLER, *_VIEWER), "not a JWT, or a claim of the wrong type"),
+    "token_expired": Refusal(401, (*_CALLER, *_VIEWER), "`exp` lies in the past"),
+    "token_unsigned": Refusal(401, (*_CALLER, *_VIEWER), "`alg` is `none`"),
+    "token_algorithm": Refusal(401, (*_CALLER, *_VIEWER), "another algorithm than the configured one"),
+    "token_signature": Refusal(401, (*_CALLER, *_VIEWER), "signed with another secret"),
+    "token_claim_missing": Refusal(401, (*_CALLER, *_VIEWER), "a required claim is not there"),
+    "token_not_yet_valid": Refusal(401, (*_CALLER, *_VIEWER), "`nbf` or `iat` lies in the future"),
+    "token_audience": Refusal(401, (*_CALLER, *_VIEWER), "another `aud` than the configured one"),
+    "token_issuer": Refusal(401, (*_CALLER, *_VIEWER), "another `iss` than the configured one"),
+    "token_wrong_kind": Refusal(401, (*_CALLER, *_VIEWER, "getMetrics"), "a token for something else"),
+    "not_found": Refusal(
         404,
         (*_VIEWER, "getSession", "redeliverCallback", "getMetrics"),
         "there is no such thing, or it belongs to somebody else",
     ),
-    "method_not_allowed": Code(405, (), "the header `Allow` names the methods there are"),
-    "already_delivered": Code(409, ("redeliverCallback",), "the callback has arrived"),
-    "not_ended": Code(409, ("redeliverCallback",), "the session has not ended yet"),
-    "content_gone": Code(409, ("redeliverCallback",), "the answer is no longer kept"),
-    "replay_over": Code(410, ("watchStream",), "the answer is complete and no longer kept for replay"),
-    "session_lost": Code(410, ("watchStream",), "the session was lost together with the server that ran it"),
-    "log_lost": Code(410, ("watchStream",), "a part of the answer was lost with its server"),
-    "body_too_large": Code(413, ("initStream",), "larger than `MAX_BODY_BYTES`"),
-    "unsupported_media_type": Code(415, ("initStream",), "the body is not JSON"),
-    "idempotency_key_reused": Code(422, ("initStream",), "this `Idempotency-Key` was used for another request"),
-    "too_many_viewers": Code(429, ("watchStream",), "as many viewers as there may be"),
-    "internal": Code(500, (), "our fault: it is in the log, under the `requestId`"),
-    "store_unavailable": Code(503, _STORED, "Redis cannot be asked now"),
+    "method_not_allowed": Refusal(405, (), "the header `Allow` names the methods there are"),
+    "already_delivered": Refusal(409, ("redeliverCallback",), "the callback has arrived"),
+    "not_ended": Refusal(409, ("redeliverCallback",), "the session has not ended yet"),
+    "content_gone": Refusal(409, ("redeliverCallback",), "the answer is no longer kept"),
+    "replay_over": Refusal(410, ("watchStream",), "the answer is complete and no longer kept for replay"),
+    "session_lost": Refusal(410, ("watchStream",), "the session was lost together with the server that ran it"),
+    "log_lost": Refusal(410, ("watchStream",), "a part of the answer was lost with its server"),
+    "body_too_large": Refusal(413, ("initStream",), "larger than `MAX_BODY_BYTES`"),
+    "unsupported_media_type": Refusal(415, ("initStream",), "the body is not JSON"),
+    "idempotency_key_reused": Refusal(422, ("initStream",), "this `Idempotency-Key` was used for another request"),
+    "too_many_viewers": Refusal(429, ("watchStream",), "as many viewers as there may be"),
+    "internal": Refusal(500, (), "our fault: it is in the log, under the `requestId`"),
+    "store_unavailable": Refusal(503, _STORED, "Redis cannot be asked now"),
 }
 
 
@@ -88,10 +89,17 @@ class Operation(NamedTuple):
     more: str = ""
 
 
-EVENTS: Json = {
-    "type": "string",
-    "description": "The events of the stream. Their `data` in JSON mode: `x-event-data`.",
-    "x-event-data": {"$ref": "#/components/schemas/StreamEvent"},
+#: One event of a stream: 3.1 has no way to say that there are many (3.2's `itemSchema`), and tools take it so.
+_EVENT: Json = {
+    "type": "object",
+    "description": "One event. Its `data` in JSON mode is that of `StreamEvent`.",
+    "properties": {
+        "id": {"type": "string", "description": "To come back with, as `Last-Event-ID`."},
+        "event": {"type": "string", "enum": ["message", "error"]},
+        "data": {"type": "string"},
+        "retry": {"type": "integer"},
+    },
+    "required": ["data"],
 }
 _STREAM = """Text mode, the default, is what an `EventSource` with `onmessage` needs: the pieces of the answer, then `[DONE]`. \
 JSON mode (`format=json`) has an object per event (schema StreamEvent), then `[DONE]`. A failure is `event: error` with `code`, \
@@ -119,7 +127,7 @@ OPERATIONS = (
         "Browser",
         "Watch the answer being written",
         {
-            200: Answer("Server-Sent Events", ("text/event-stream", EVENTS)),
+            200: Answer("Server-Sent Events", ("text/event-stream", _EVENT)),
             204: Answer("The viewer has seen the ending: an `EventSource` stops"),
         },
         ("id", "format", "last_event_id", "LastEventId"),
@@ -262,7 +270,7 @@ HEADERS = {
     ),
 }
 #: What must come with a refusal of this status.
-REQUIRED_HEADERS = {401: "WWW-Authenticate", 503: "Retry-After"}
+REQUIRED_HEADERS = {401: "WWW-Authenticate", 429: "Retry-After", 503: "Retry-After"}
 
 WEBHOOK_HEADERS = [
     _parameter(name, "header", text, {"type": "string"}, required=required)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import pydantic_core
 from flask import Blueprint, Response, request
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 from werkzeug.exceptions import RequestEntityTooLarge
 
 from aistream.api import Ok, bearer, json_response, parts, tell
@@ -45,18 +45,22 @@ def _no_nul(text: str) -> str:
     return text
 
 
-#: Our own check, since pydantic's of a pattern costs ten times as much; the OpenAPI document has it as one.
-_Whole = Annotated[str, AfterValidator(_no_nul), Field(json_schema_extra={"pattern": "^[^\\u0000]*$"})]
-Text = _Whole
-Name = Annotated[_Whole, StringConstraints(max_length=512)]
-Model = Annotated[_Whole, StringConstraints(min_length=1, max_length=200)]
-Stop = Annotated[_Whole, StringConstraints(min_length=1, max_length=200)]
-#: Echoed in the type it came in. JSON has no NaN, and `true` is no number.
-Echoed = Name | int | float | None
+def _whole(value: Any) -> Any:
+    """JSON has one kind of number: 500.0 is as whole as 500."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+#: Our own check, which says what is wrong; the OpenAPI document has it as a pattern.
+_WHOLE_TEXT = (AfterValidator(_no_nul), Field(json_schema_extra={"pattern": "^[^\\u0000]*$"}))
+Text = Annotated[str, *_WHOLE_TEXT]
+Name = Annotated[str, StringConstraints(max_length=512), *_WHOLE_TEXT]
+Model = Annotated[str, StringConstraints(min_length=1, max_length=200), *_WHOLE_TEXT]
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=200), *_WHOLE_TEXT]
+Prompt = Annotated[str, StringConstraints(min_length=1), *_WHOLE_TEXT]
 #: What resumeUrl is, before it is asked where it leads.
 _HTTP_URL: dict[str, Any] = {"format": "uri", "pattern": "^[Hh][Tt][Tt][Pp][Ss]?://"}
+#: Echoed in the type it came in. JSON has no NaN, and `true` is no number.
+Echoed = Name | int | float | None
 
 
 class Turn(BaseModel):
@@ -68,8 +72,9 @@ class Turn(BaseModel):
     content: Text
 
 
+# camelCase lives in what is asked and answered and in the callback's payload, nowhere else.
 class InitRequest(BaseModel):
-    """The body of POST /init-stream. camelCase lives here and in the callback's payload, nowhere else."""
+    """The body of POST /init-stream. `null` is as good as absent; unknown fields are ignored, and named in `warnings`."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -77,7 +82,7 @@ class InitRequest(BaseModel):
     """n8n's JWT, where it does not come as `Authorization: Bearer`, which then wins."""
     resumeUrl: Annotated[str, StringConstraints(min_length=1, max_length=MAX_URL_CHARS), Field(json_schema_extra=_HTTP_URL)]
     """Where the callback goes: `{{ $execution.resumeUrl }}`. Its origin must be among `RESUME_URL_ALLOWED_ORIGINS`."""
-    prompt: Annotated[_Whole, StringConstraints(min_length=1)]
+    prompt: Prompt
     """The last turn of the user."""
     userId: Echoed = None
     """Echoed in the callback, in the type it came in."""
@@ -87,7 +92,7 @@ class InitRequest(BaseModel):
     """`DEFAULT_MODEL` where it is missing. `GET /models` lists what there is."""
     fallbackModels: Annotated[list[Model], Field(max_length=MAX_FALLBACKS)] | None = None
     """Asked in this order when `model` has failed before its first token."""
-    max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=1_000_000), BeforeValidator(_whole)] | None = None
     """4096 where it is missing, or what the provider's defaults say."""
     messages: Annotated[list[Turn], Field(max_length=MAX_MESSAGES)] | None = None
     """The earlier turns. With `system` at most `MAX_PROMPT_CHARS` characters."""

@@ -15,7 +15,7 @@ from flask import Blueprint, Response, request
 from aistream.api import Ok, bearer, json_response, normal_id, parts, tell
 from aistream.callback import Description, description, one_of
 from aistream.endpoints import Defaults
-from aistream.errors import Conflict, Fault, InvalidRequest, NotFound, Unauthorized
+from aistream.errors import Code, Conflict, Fault, InvalidRequest, NotFound, Unauthorized
 from aistream.outbox import Redelivery
 from aistream.providers import Listing
 from aistream.telemetry import exposition
@@ -28,7 +28,7 @@ MAX_LIMIT = 1_000
 #: A cursor of such a page: when the callback became what it is, and its session.
 AFTER = re.compile(r"([0-9]{1,15})-([0-9a-f-]{36})")
 
-_NOT_REDELIVERED: dict[Redelivery, tuple[str, str]] = {
+_NOT_REDELIVERED: dict[Redelivery, tuple[Code, str]] = {
     "not_ended": ("not_ended", "The session has not ended yet: its callback follows the ending."),
     "delivered": (
         "already_delivered",
@@ -175,7 +175,7 @@ def metrics() -> Response:
         raise NotFound("Metrics are switched off: METRICS_TOKEN is not set.")
     given = bearer() or ""
     if config.metrics_token and not hmac.compare_digest(given.encode(), config.metrics_token.encode()):
-        code = "token_wrong_kind" if given else "token_missing"
+        code: Code = "token_wrong_kind" if given else "token_missing"
         raise Unauthorized("Expected METRICS_TOKEN in the header Authorization: Bearer.", code=code)
     text, content_type = exposition(parts().store.outbox.counts())
     response = Response(text, content_type=content_type)

@@ -11,9 +11,8 @@ from markupsafe import Markup, escape
 Json = dict[str, Any]
 
 _NAMES = {"integer": "whole number", "string": "text", "array": "list", "boolean": "true or false"}
-#: JSON Schema's bounds, as they stand behind a type.
-_BOUNDS = {"minimum": "≥ {:,}", "maximum": "≤ {:,}", "minLength": "≥ {:,} characters", "maxLength": "≤ {:,} characters"}
-_BOUNDS |= {"maxItems": "≤ {:,} items"}
+#: JSON Schema's bounds of one thing: the least, the most, and what they count.
+_BOUNDS = (("minimum", "maximum", ""), ("minLength", "maxLength", " characters"), ("minItems", "maxItems", " items"))
 
 
 class Field(NamedTuple):
@@ -158,7 +157,17 @@ def _code(text: str) -> Markup:
 
 
 def _bounds(schema: Json) -> str:
-    return "".join(f", {told.format(schema[name])}" for name, told in _BOUNDS.items() if name in schema)
+    return "".join(
+        f", {_span(schema.get(least), schema.get(most))}{unit}"
+        for least, most, unit in _BOUNDS
+        if least in schema or most in schema
+    )
+
+
+def _span(least: float | None, most: float | None) -> str:
+    if most is None:
+        return f"at least {least:,}"
+    return f"at most {most:,}" if least is None else f"{least:,} to {most:,}"
 
 
 def _json(value: object) -> str:

@@ -15,7 +15,7 @@ from gevent.pool import Pool
 
 from aistream.config import Config
 from aistream.endpoints import Endpoint
-from aistream.errors import Fault, InvalidRequest, ProviderFailed
+from aistream.errors import Code, Fault, InvalidRequest, ProviderFailed
 from aistream.events import End
 from aistream.providers import failures
 from aistream.providers.adaptation import Adaptations
@@ -232,5 +232,5 @@ def _provider(endpoint: Endpoint, adaptations: Adaptations, transport: str) -> P
     return OpenAIProvider(endpoint, adaptations, transport)
 
 
-def _fault(field: str, code: str, message: str) -> InvalidRequest:
+def _fault(field: str, code: Code, message: str) -> InvalidRequest:
     return InvalidRequest.naming(Fault(field, message), code=code)

@@ -47,7 +47,9 @@ class Call:
         "whole",
     )
 
-    def __init__(self, request: Request, model: str, secret: str = "", written: Callable[[], list[str]] = lambda: []) -> None:
+    def __init__(  # nosec B107  # no secret is none
+        self, request: Request, model: str, secret: str = "", written: Callable[[], list[str]] = lambda: []
+    ) -> None:
         """`written` gives what the model has said so far."""
         self.request = request
         self._written = written
