@@ -25,6 +25,7 @@ from typing import Literal, NamedTuple
 Code = Literal[
     "invalid_json",
     "invalid_request",
+    "malformed_http",
     "unknown_model",
     "provider_not_configured",
     "token_missing",
@@ -34,6 +35,7 @@ Code = Literal[
     "token_algorithm",
     "token_signature",
     "token_claim_missing",
+    "token_lifetime",
     "token_not_yet_valid",
     "token_audience",
     "token_issuer",

@@ -173,5 +173,5 @@ def test_a_body_whose_chunks_are_none_is_the_clients_fault(service: Service) -> 
         sock.sendall(head + b"Transfer-Encoding: chunked\r\n\r\nnot-a-size\r\n")
         answer = b"".join(iter(lambda: sock.recv(65_536), b""))
 
-    assert answer.startswith(b"HTTP/1.1 400 ") and b'"code":"bad_request"' in answer
+    assert answer.startswith(b"HTTP/1.1 400 ") and b'"code":"malformed_http"' in answer
     assert service.lines("request.broke") == before

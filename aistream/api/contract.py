@@ -33,6 +33,7 @@ class Refusal(NamedTuple):
 CODES: dict[Code, Refusal] = {
     "invalid_json": Refusal(400, ("initStream",), "the body is not a JSON object"),
     "invalid_request": Refusal(400, ("initStream", "listCallbacks"), "fields that cannot be used, each named in `errors`"),
+    "malformed_http": Refusal(400, (), "the request is no HTTP, or its body has no end"),
     "unknown_model": Refusal(400, ("initStream",), "no provider serves this model"),
     "provider_not_configured": Refusal(400, ("initStream",), "the model's provider has no key"),
     "token_missing": Refusal(401, (*_CALLER, *_VIEWER, "getMetrics"), "there is no token"),
@@ -42,6 +43,7 @@ CODES: dict[Code, Refusal] = {
     "token_algorithm": Refusal(401, (*_CALLER, *_VIEWER), "another algorithm than the configured one"),
     "token_signature": Refusal(401, (*_CALLER, *_VIEWER), "signed with another secret"),
     "token_claim_missing": Refusal(401, (*_CALLER, *_VIEWER), "a required claim is not there"),
+    "token_lifetime": Refusal(401, _CALLER, "`exp` lies further ahead than `JWT_MAX_LIFETIME_SECONDS`"),
     "token_not_yet_valid": Refusal(401, (*_CALLER, *_VIEWER), "`nbf` or `iat` lies in the future"),
     "token_audience": Refusal(401, (*_CALLER, *_VIEWER), "another `aud` than the configured one"),
     "token_issuer": Refusal(401, (*_CALLER, *_VIEWER), "another `iss` than the configured one"),
