@@ -181,17 +181,18 @@ class Background:
         while True:
             try:
                 work()
-            except StoreUnavailable:
-                self._note_away()
+            except StoreUnavailable as error:
+                self._note_away(error)
             except Exception as error:  # the root of a loop: it goes on
                 lines.error("background.failed", during=name, error=error)
             rest()
 
-    def _note_away(self) -> None:
+    def _note_away(self, error: StoreUnavailable) -> None:
         """One line for an outage, however many loops meet it and however long it lasts."""
         if self._away_since is None:
             self._away_since = time.monotonic()
-            lines.warning("store.away")
+            # Such as a refused connection, a wrong password, a certificate with another name: it has nothing of a session in it.
+            lines.warning("store.away", reason=str(error.__cause__ or error))
 
     def _look(self, places: Places) -> list[Due]:
         """What is due; nothing where the store has lost writes, which it is told again first. Raises StoreUnavailable."""

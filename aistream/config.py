@@ -95,10 +95,32 @@ class Config:
     redis_url: str = _setting(
         parse.redis_url,
         "",
-        "redis://, rediss:// or unix://. Empty or memory://: an embedded store inside the one worker, for a first run and for "
-        "debugging; it forgets everything when the process ends.",
+        "redis://, rediss:// (TLS) or unix://; redis+sentinel:// or rediss+sentinel:// with the Sentinels' addresses and the "
+        "master's name: redis+sentinel://user:password@s1:26379,s2:26379/mymaster. Empty or memory://: an embedded store inside "
+        "the one worker, for a first run and for debugging; it forgets everything when the process ends.",
         secret=True,
     )
+    redis_pool_size: int = _setting(
+        parse.whole(2, 10_000),
+        "50",
+        "Most connections of a worker to Redis. A command takes well under a millisecond: who finds none free waits its turn.",
+    )
+    redis_ca_file: str = _setting(
+        parse.text,
+        "",
+        "With rediss://: the certificate authorities (PEM) that Redis's certificate may come from, and no others. Empty: the "
+        "system's. It must have the name that REDIS_URL, or the Sentinel, calls Redis by. Relative to this folder.",
+    )
+    redis_cert_file: str = _setting(
+        parse.text, "", "With rediss://: the certificate (PEM) that the service shows to Redis, if that asks for one."
+    )
+    redis_key_file: str = _setting(
+        parse.text, "", "Its private key, without a passphrase, where that is not in REDIS_CERT_FILE itself."
+    )
+    redis_sentinel_username: str = _setting(
+        parse.text, "", "The user at the Sentinels, where they have any; the one in REDIS_URL is Redis's."
+    )
+    redis_sentinel_password: str = _setting(parse.text, "", "The password at the Sentinels.", secret=True)
 
     openai_api_key: str = _setting(parse.text, "", "Turns on the OpenAI models.", secret=True)
     openai_base_url: str = _setting(parse.provider_url, OPENAI_URL, "Where the OpenAI SDK sends its requests.")
@@ -211,6 +233,17 @@ class Config:
         parse.seconds(1, 86_400),
         "1800",
         "How long after its delivery a finished answer can still be watched from the start.",
+    )
+    tombstone_seconds: float = _setting(
+        parse.seconds(1, 31_536_000),
+        "86400",
+        "How long after that what is left of a session is kept: no text, but how it ended. An init that is said again with its "
+        "Idempotency-Key finds it.",
+    )
+    dead_letter_seconds: float = _setting(
+        parse.seconds(1, 31_536_000),
+        "604800",
+        "How long a callback that could not be delivered is kept, with prompt and answer, for a person to have it sent again.",
     )
     lease_seconds: float = _setting(
         parse.seconds(1, 300), "15", "A worker silent for this long has lost its generations; another one ends them."
@@ -337,6 +370,24 @@ class Config:
         names = [endpoint.name for endpoint in self.endpoints]
         if self.default_provider not in ("", "echo", *names):
             found.append(("DEFAULT_PROVIDER", f"is {self.default_provider!r}: expected one of {', '.join(names)}"))
+        address = self.redis_address
+        for name, value in (
+            ("REDIS_CA_FILE", self.redis_ca_file),
+            ("REDIS_CERT_FILE", self.redis_cert_file),
+            ("REDIS_KEY_FILE", self.redis_key_file),
+        ):
+            if value and not (address and address.tls):
+                found.append((name, f"is {value!r}: expected a REDIS_URL of rediss:// or rediss+sentinel:// beside it"))
+        if self.redis_key_file and not self.redis_cert_file:
+            found.append(("REDIS_KEY_FILE", f"is {self.redis_key_file!r}: expected REDIS_CERT_FILE beside it"))
+        for name, value in (
+            ("REDIS_SENTINEL_USERNAME", self.redis_sentinel_username),
+            ("REDIS_SENTINEL_PASSWORD", self.redis_sentinel_password),
+        ):
+            if value and not (address and address.master):
+                found.append((name, "is set: expected a REDIS_URL of redis+sentinel:// or rediss+sentinel:// beside it"))
+        if self.redis_sentinel_username and not self.redis_sentinel_password:
+            found.append(("REDIS_SENTINEL_USERNAME", "is set alone: expected REDIS_SENTINEL_PASSWORD beside it"))
         if self.callback_secret_previous and not self.callback_secret:
             found.append(("CALLBACK_SECRET_PREVIOUS", "is set alone: expected CALLBACK_SECRET beside it"))
         # JSON writes a control character of the answer as six bytes; the prompt and what is echoed came in with the body.
@@ -375,6 +426,11 @@ class Config:
     def embedded_store(self) -> bool:
         """Whether the store lives inside this process."""
         return not self.redis_url
+
+    @property
+    def redis_address(self) -> parse.RedisAddress | None:
+        """Where Redis is; None for the embedded store."""
+        return parse.redis_address(self.redis_url) if self.redis_url else None
 
     @property
     def keep_seconds(self) -> int:

@@ -1,17 +1,21 @@
 """A worker's connections to its Redis, used at the level of commands and replies.
 
-redis-py makes them (URL, password, TLS, timeouts, errors) and speaks RESP over them; its client's own layers above that
-(retries, response callbacks, metrics, a pool that polls each connection through gevent's hub) cost more CPU than the command
-and are left out: docs/performance.md has the difference.
+redis-py makes them (user, password, timeouts, errors); hiredis speaks RESP over them. What redis-py has above that (retries,
+response callbacks, metrics, a pool that polls each connection through gevent's hub) costs more CPU than the command and is left
+out: docs/performance.md has the difference.
+
+With Sentinels each new connection asks them where the master is, and asks that whether it is one. What breaks, or says that it
+is a master no more, takes all idle connections with it: so a failover is over for a worker as soon as the Sentinels have
+decided it.
 """
 
 from __future__ import annotations
 
 import logging
+import ssl
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
 
 import hiredis
 import redis
@@ -20,13 +24,16 @@ from redis.backoff import NoBackoff
 from redis.connection import AbstractConnection
 from redis.retry import Retry
 
+from aistream import tls
 from aistream.config import Config
-from aistream.sockets import PEEK, receive, send
+from aistream.sockets import PEEK, RECEIVE, receive, send
 
-#: Connections per worker. Commands take well under a millisecond; more greenlets than this take turns.
-SIZE = 50
 #: Seconds to wait for a turn.
 PATIENCE = 5.0
+#: Seconds for a new connection, and for an answer.
+CONNECT, ANSWER = 2.0, 5.0
+#: The same for a Sentinel: where one does not answer, another one does.
+SENTINEL = 1.0
 
 Command = Sequence[str | bytes | int | float]
 
@@ -41,13 +48,13 @@ class Connections:
     best when to say something again. Raises what redis-py raises.
     """
 
-    def __init__(self, make: Callable[[], Any]) -> None:
-        """`make` gives a new connection; it connects when it is first used."""
+    def __init__(self, make: Callable[[], Any], size: int) -> None:
+        """`make` gives a new connection; it connects when it is first used. More greenlets than `size` take turns."""
         #: Counts connections that broke: what was said just before may be lost, and another Redis may answer now.
         self.lost = 0
         self._make = make
         self._idle: list[Any] = []
-        self._turns = BoundedSemaphore(SIZE)
+        self._turns = BoundedSemaphore(size)
 
     def call(self, *command: str | bytes | int | float) -> Any:
         """The reply to one command."""
@@ -108,28 +115,53 @@ class Connections:
 
 def connect(config: Config) -> Connections:
     """Connections to the configured Redis, or to a new embedded store."""
-    if config.embedded_store:
+    address = config.redis_address
+    if address is None:
         import fakeredis  # only where it is used: it is as large as the rest of the store together
 
         # Its own warnings about what it leaves out mean nothing for our commands.
         logging.getLogger("fakeredis").setLevel(logging.ERROR)
         client = fakeredis.FakeRedis(server=fakeredis.FakeServer(version=(7, 4)), protocol=2)
-        return Connections(client.connection_pool.make_connection)
-    scheme = urlsplit(config.redis_url).scheme
-    network: dict[str, Any] = {"socket_connect_timeout": 2, "socket_keepalive": True}
-    pool = redis.ConnectionPool.from_url(
-        config.redis_url,
-        connection_class=_CLASSES[scheme],
-        protocol=2,  # XREAD's answer has another shape under RESP3
-        retry=Retry(NoBackoff(), 0),
-        socket_timeout=5,
-        **({} if scheme == "unix" else network),
-    )
-    return Connections(pool.make_connection)
+        return Connections(client.connection_pool.make_connection, config.redis_pool_size)
+    common: dict[str, Any] = {
+        "username": address.username or None,
+        "password": address.password or None,
+        "db": address.db,
+        **_COMMON,
+    }
+    if address.path:
+        unix: Callable[..., Any] = _Unix
+        return Connections(partial(unix, path=address.path, **common), config.redis_pool_size)
+    secured: dict[str, Any] = {"context": tls.context(config)} if address.tls else {}
+    kind: Callable[..., Any] = _TLS if address.tls else _TCP
+    if not address.master:
+        ((host, port),) = address.hosts
+        return Connections(partial(kind, host=host, port=port, **common, **secured), config.redis_pool_size)
+    of_sentinels: dict[str, Any] = {
+        **_COMMON,
+        "username": config.redis_sentinel_username or None,
+        "password": config.redis_sentinel_password or None,
+        "socket_connect_timeout": SENTINEL,
+        "socket_timeout": SENTINEL,
+        **secured,
+    }
+    sentinels = _Sentinels(address.hosts, address.master, partial(kind, **of_sentinels))
+    led: Callable[..., Any] = _LedTLS if address.tls else _LedTCP
+    return Connections(partial(led, find=sentinels.master, **common, **secured), config.redis_pool_size)
+
+
+#: XREAD's answer has another shape under RESP3. `driver_info`: no CLIENT SETINFO, two round trips, and a right that it takes.
+_COMMON: dict[str, Any] = {
+    "protocol": 2,
+    "retry": Retry(NoBackoff(), 0),
+    "driver_info": None,
+    "socket_connect_timeout": CONNECT,
+    "socket_timeout": ANSWER,
+}
 
 
 def _ask(connection: Any, packed: bytes, count: int) -> list[Any]:
-    """The replies as redis-py reads them: over TLS, and from the embedded store."""
+    """The replies as redis-py reads them: from the embedded store."""
     connection.send_packed_command([packed], check_health=False)
     replies = []
     for _ in range(count):
@@ -141,7 +173,7 @@ def _ask(connection: Any, packed: bytes, count: int) -> list[Any]:
 
 
 class _Direct(AbstractConnection):
-    """A connection over a plain socket. redis-py makes it, hiredis reads it; what lies between them is left out."""
+    """A connection that redis-py makes and hiredis reads; what lies between them is left out."""
 
     _reader: tuple[Any, hiredis.Reader] | None = None
 
@@ -155,13 +187,13 @@ class _Direct(AbstractConnection):
         reader = self._reader[1]
         replies: list[Any] = []
         try:
-            send(sock, packed)
+            self._send(sock, packed)
             while len(replies) < count:
                 reply = reader.gets()
                 if reply is not False:  # RESP2 has no booleans: not enough has arrived
                     replies.append(reply)
                     continue
-                data = receive(sock)
+                data = self._receive(sock)
                 if not data:
                     raise redis.ConnectionError("closed by the server")
                 reader.feed(data)
@@ -178,15 +210,23 @@ class _Direct(AbstractConnection):
 
         In one system call, where redis-py's poll() goes through gevent's hub.
         """
-        sock: Any = self._sock
         try:
-            if not getattr(sock, "_sock", sock).recv(1, PEEK):
+            if not self._peek(self._sock):
                 raise redis.ConnectionError("closed by the server")
-        except BlockingIOError:
+        except (BlockingIOError, ssl.SSLWantReadError):
             return False
         except OSError as error:
             raise redis.ConnectionError("broken") from error
         return True
+
+    # Over a plain socket.
+    _send = staticmethod(send)
+    _receive = staticmethod(receive)
+
+    @staticmethod
+    def _peek(sock: Any) -> bytes:
+        found: bytes = getattr(sock, "_sock", sock).recv(1, PEEK)
+        return found
 
 
 class _TCP(_Direct, redis.Connection):
@@ -197,5 +237,85 @@ class _Unix(_Direct, redis.UnixDomainSocketConnection):
     pass
 
 
-# Under TLS bytes on the socket may be no answer but TLS's own: there only redis-py's way tells.
-_CLASSES: dict[str, Any] = {"redis": _TCP, "rediss": redis.SSLConnection, "unix": _Unix}
+class _TLS(_TCP):
+    """The same over TLS. redis-py's own reads all authorities anew for each connection, the system's always among them."""
+
+    def __init__(self, *, context: ssl.SSLContext, **options: Any) -> None:
+        super().__init__(**options)  # type: ignore[no-untyped-call]
+        self._context = context
+
+    def _connect(self) -> Any:
+        sock = super()._connect()  # type: ignore[no-untyped-call]
+        try:
+            return self._context.wrap_socket(sock, server_hostname=self.host)
+        except BaseException:
+            sock.close()
+            raise
+
+    @staticmethod
+    def _send(sock: Any, data: bytes) -> None:
+        sock.sendall(data)
+
+    @staticmethod
+    def _receive(sock: Any) -> bytes:
+        data: bytes = sock.recv(RECEIVE)
+        return data
+
+    @staticmethod
+    def _peek(sock: Any) -> bytes:
+        # What waits may be TLS's own, such as a session ticket, and no answer: reading tells. A byte of an answer is lost here,
+        # with its connection, which is given up.
+        data: bytes = sock._sslobj.read(1)
+        return data
+
+
+class _Led:
+    """A connection to whichever server is the master when it connects."""
+
+    def __init__(self, *, find: Callable[[], tuple[str, int]], **options: Any) -> None:
+        super().__init__(**options)
+        self._find = find
+
+    def _connect(self) -> Any:
+        self.host, self.port = self._find()
+        return super()._connect()  # type: ignore[misc]
+
+    def on_connect_check_health(self, check_health: bool = True) -> None:
+        """Asks it, too: a Sentinel may not know yet that it is one no more."""
+        connection: Any = super()
+        connection.on_connect_check_health(check_health)
+        connection.send_command("ROLE", check_health=False)
+        if connection.read_response()[0] != b"master":
+            raise redis.ConnectionError("the Sentinels' master is none")
+
+
+class _LedTCP(_Led, _TCP):
+    pass
+
+
+class _LedTLS(_Led, _TLS):
+    pass
+
+
+class _Sentinels:
+    """Knows where the master is: asks the Sentinels one after the other, the one that knew it last first."""
+
+    def __init__(self, hosts: Sequence[tuple[str, int]], name: str, make: Callable[..., _TCP]) -> None:
+        self._hosts = list(hosts)
+        self._question = hiredis.pack_command(("SENTINEL", "GET-MASTER-ADDR-BY-NAME", name))  # type: ignore[arg-type]  # of any length
+        self._make = make
+
+    def master(self) -> tuple[str, int]:
+        """Its host and port. Raises redis.ConnectionError where no Sentinel tells."""
+        for host, port in list(self._hosts):
+            sentinel = self._make(host=host, port=port)
+            try:
+                (answer,) = sentinel.ask(self._question, 1)
+            except redis.RedisError:
+                continue
+            finally:
+                sentinel.disconnect()  # type: ignore[no-untyped-call]
+            if isinstance(answer, list):
+                self._hosts.sort(key=lambda one: one != (host, port))
+                return answer[0].decode(), int(answer[1])
+        raise redis.ConnectionError("no Sentinel says where the master is")

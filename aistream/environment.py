@@ -6,14 +6,17 @@ The only module that reads files for the configuration. `python -m aistream.envi
 from __future__ import annotations
 
 import base64
+import dataclasses
 import os
 import secrets
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dotenv import dotenv_values
 
+from aistream import tls
 from aistream.config import Config, manual
 
 #: The folder of `wsgi.py`, `.env` and `.env.example`.
@@ -34,7 +37,13 @@ def load(environ: Mapping[str, str] | None = None, root: Path | None = None) -> 
     values |= {name: value for name, value in environ.items() if value.strip()}
     if not values.get("JWT_SECRET") and values.get("DEV_MODE", "").strip().lower() in ("true", "1", "yes", "on"):
         values["JWT_SECRET"] = _dev_secret(root / ".dev-secret")
-    return Config.from_env(values, lambda path: (root / path).read_text(encoding="utf-8"))
+    config = Config.from_env(values, lambda path: (root / path).read_text(encoding="utf-8"))
+    files: dict[str, Any] = {name: getattr(config, name) for name in ("redis_ca_file", "redis_cert_file", "redis_key_file")}
+    files = {name: str(root / path) for name, path in files.items() if path}
+    config = dataclasses.replace(config, **files)
+    if config.redis_address and config.redis_address.tls:
+        tls.context(config)  # told now, by gunicorn's master: a worker that cannot start would be started again and again
+    return config
 
 
 def _root() -> Path:

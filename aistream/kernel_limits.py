@@ -23,18 +23,24 @@ from aistream.config import Config
 #: gunicorn's worker_connections unless it is given others. It bounds everything on a worker, health checks included, so it
 #: stands well above the streams that a worker can carry.
 CONNECTIONS = 20_000
-#: Descriptors beside the streams: 50 connections to Redis, 200 callbacks, 50 for the process itself (it starts with 11).
-RESERVE = 300
+#: Descriptors beside the streams and the connections to Redis: 200 callbacks, 50 for the process itself (it starts with 11).
+OWN = 250
+#: All of those with the default REDIS_POOL_SIZE.
+RESERVE = OWN + 50
 
 _BACKLOG = "net/core/somaxconn"
 _PORTS = "net/ipv4/ip_local_port_range"
 
 
 class Demand(NamedTuple):
-    """What one worker is configured for: its connections, and answers at the same time by the provider's host and port."""
+    """What one worker is configured for: its connections, and answers at the same time by the provider's host and port.
+
+    `reserve`: descriptors beside those.
+    """
 
     connections: int
     places: dict[str, int]
+    reserve: int = RESERVE
 
     @property
     def streams(self) -> int:
@@ -44,16 +50,16 @@ class Demand(NamedTuple):
     @property
     def needed(self) -> int:
         """The smallest limit that carries these streams."""
-        return 2 * self.streams + min(RESERVE, 2 * self.streams)
+        return 2 * self.streams + min(self.reserve, 2 * self.streams)
 
     @property
     def wanted(self) -> int:
         """The limit that leaves all connections room, those without an answer of their own too."""
-        return RESERVE + self.connections + self.streams
+        return self.reserve + self.connections + self.streams
 
     def connections_within(self, limit: int) -> int:
         """How many connections a worker may take without running out, were each answer to have its viewer."""
-        room = limit - _reserve(limit)
+        room = limit - _reserve(limit, self.reserve)
         return max(1, min(self.connections, max(room // 2, room - sum(self.places.values()))))
 
 
@@ -71,17 +77,17 @@ def demand(config: Config, connections: int = CONNECTIONS) -> Demand:
     for endpoint in config.endpoints:
         if endpoint.usable:
             places[urlsplit(endpoint.base_url).netloc] += endpoint.limits.concurrency or config.provider_concurrency
-    return Demand(connections, dict(places))
+    return Demand(connections, dict(places), OWN + config.redis_pool_size)
 
 
-def streams_within(limit: int) -> int:
+def streams_within(limit: int, reserve: int = RESERVE) -> int:
     """How many streams a limit of so many descriptors carries."""
-    return (limit - _reserve(limit)) // 2
+    return (limit - _reserve(limit, reserve)) // 2
 
 
-def _reserve(limit: int) -> int:
+def _reserve(limit: int, reserve: int) -> int:
     # 200 callbacks at once are rare: they must not leave a small limit without any stream.
-    return min(RESERVE, (limit + 1) // 2)
+    return min(reserve, (limit + 1) // 2)
 
 
 def raise_descriptors(wanted: int) -> int:
@@ -117,7 +123,7 @@ def _descriptors(asked: Demand, limit: int) -> list[Shortage]:
         return []
     facts = {
         "limit": limit,
-        "carries_streams": streams_within(limit),
+        "carries_streams": streams_within(limit, asked.reserve),
         "needed": needed,
         "for_streams": asked.streams,
         "advice": [
@@ -143,7 +149,7 @@ def _ports(asked: Demand, limit: int, workers: int, bounds: list[int]) -> list[S
         return []
     ports = bounds[1] - bounds[0] + 1
     provider, places = max(asked.places.items(), key=lambda one: one[1])
-    streams = workers * min(places, asked.connections, streams_within(limit))
+    streams = workers * min(places, asked.connections, streams_within(limit, asked.reserve))
     if ports >= streams:
         return []
     name = _PORTS.replace("/", ".")

@@ -26,10 +26,6 @@ from aistream.scripts import (
 )
 from aistream.session import Attempt, CallbackRecord, Counts, Outcome, Record, Request, Session, State
 
-#: Seconds that the mark of an ended session outlives its content.
-TOMBSTONE = 86_400
-#: Seconds a dead letter is kept for a person.
-DEAD_LETTER = 7 * 86_400
 #: Callbacks looked at in one round trip, and how often for one page.
 BATCH = 1000
 ROUNDS = 10
@@ -132,8 +128,8 @@ class Outbox:
                     int(ambiguous),
                     last_answer,
                     int(self._config.replay_seconds),
-                    DEAD_LETTER,
-                    TOMBSTONE,
+                    int(self._config.dead_letter_seconds),
+                    int(self._config.tombstone_seconds),
                     int(running),
                     "" if line is None else _json(line),
                 ],
@@ -196,7 +192,7 @@ class Outbox:
 
     def _forget_old_letters(self) -> None:
         clock = self._scripts.call("TIME")
-        self._scripts.call("ZREMRANGEBYSCORE", DEAD, "-inf", f"({(int(clock[0]) - DEAD_LETTER) * 1000}")
+        self._scripts.call("ZREMRANGEBYSCORE", DEAD, "-inf", f"({(int(clock[0]) - int(self._config.dead_letter_seconds)) * 1000}")
 
     def _records(self, session_ids: Sequence[str]) -> list[Record | None]:
         heads = [pairs(flat) for flat in self._scripts.many([("HGETALL", session_key(session_id)) for session_id in session_ids])]

@@ -9,8 +9,8 @@ import base64
 import json
 import re
 from collections.abc import Callable
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
 
 LOOPBACK_HOSTS = {"localhost", "127.0.0.1", "::1"}
 _SECRET_BYTES = 32
@@ -230,15 +230,67 @@ def schedule(value: str) -> tuple[float, ...]:
     return delays
 
 
+class RedisAddress(NamedTuple):
+    """Where Redis is, and who asks there.
+
+    `hosts`: host and port of the server or, with `master`, of the Sentinels that know it under this name; none with `path`, a
+    unix socket.
+    """
+
+    hosts: tuple[tuple[str, int], ...]
+    master: str
+    path: str
+    tls: bool
+    username: str
+    password: str
+    db: int
+
+
+#: User and password, percent-encoded.
+_LOGIN = r"(?:(?P<username>[^:/?#]*)(?::(?P<password>[^/?#]*))?@)?"
+#: What else a client may be told in a query has its own settings, or is the service's own; a misspelt one would do nothing.
+_REDIS_FORMS = (
+    rf"redis(?P<tls>s)?://{_LOGIN}(?P<hosts>[^/?#,@]*)(?:/(?P<db>[0-9]{{0,5}}))?",
+    rf"redis(?P<tls>s)?\+sentinel://{_LOGIN}(?P<hosts>[^/?#@]+)/(?P<master>[^/?#]+)(?:/(?P<db>[0-9]{{0,5}}))?",
+    rf"unix://{_LOGIN}(?P<path>/[^?#]*)(?:\?db=(?P<db>[0-9]{{1,5}}))?",
+)
+
+
+def redis_address(url: str) -> RedisAddress:
+    """The parts of a URL of Redis: of a server, of a master that Sentinels know, or of a unix socket."""
+    match = next(filter(None, (re.fullmatch(form, url) for form in _REDIS_FORMS)), None)
+    if match is None:
+        raise BadValue(
+            "redis://[user:password@]host[:port][/db], redis+sentinel://[user:password@]host[:port],…/master[/db], "
+            "rediss for redis in both (TLS), or unix:///path, without a query; or memory:// for the embedded store"
+        )
+    found = match.groupdict()
+    port = 26_379 if found.get("master") else 6_379
+    return RedisAddress(
+        hosts=() if found.get("path") else tuple(_host_and_port(place, port) for place in found["hosts"].split(",")),
+        master=unquote(found.get("master") or ""),
+        path=unquote(found.get("path") or ""),
+        tls=bool(found.get("tls")),
+        username=unquote(found["username"] or ""),
+        password=unquote(found["password"] or ""),
+        db=int(found["db"] or 0),
+    )
+
+
 def redis_url(value: str) -> str:
     """Where Redis is; `""` for the embedded store."""
     if not value or value == "memory://":
         return ""
-    try:
-        parts = urlsplit(value)
-        valid = parts.scheme in ("redis", "rediss", "unix") and parts.port != 0
-    except ValueError:
-        valid = False
-    if not valid:
-        raise BadValue("redis://, rediss:// or unix://, or memory:// for the embedded store")
+    redis_address(value)
     return value
+
+
+def _host_and_port(place: str, default: int) -> tuple[str, int]:
+    try:
+        parts = urlsplit(f"//{place}")
+        host, port = parts.hostname, default if parts.port is None else parts.port
+    except ValueError:
+        host, port = None, 0
+    if not host or not port:
+        raise BadValue("a host behind redis://, and a port from 1 to 65535 where it is not the usual one")
+    return host, port

@@ -221,6 +221,10 @@ def test_a_base_url_that_no_stream_url_can_start_with_is_refused(value: str) -> 
 
 RANDOM = "at least 32 random bytes, for example from: openssl rand -hex 32"
 PUBLIC_KEY = "a random secret, not a PEM or SSH key: HMAC with a public key lets everybody sign"
+REDIS_FORMS = (
+    "redis://[user:password@]host[:port][/db], redis+sentinel://[user:password@]host[:port],…/master[/db], "
+    "rediss for redis in both (TLS), or unix:///path, without a query; or memory:// for the embedded store"
+)
 WHSEC = "whsec_ followed by 24 to 64 random bytes in base64 (Standard Webhooks)"
 
 
@@ -240,7 +244,7 @@ WHSEC = "whsec_ followed by 24 to 64 random bytes in base64 (Standard Webhooks)"
         ("CALLBACK_SECRET", "kept-private", WHSEC),
         ("METRICS_TOKEN", "kept-private", "at least 16 random characters without spaces, for example from: openssl rand -hex 32"),
         ("CALLBACK_SECRET", "whsec_a2VwdC1wcml2YXRl", WHSEC),
-        ("REDIS_URL", "http://:kept-private@redis:6379", "redis://, rediss:// or unix://, or memory:// for the embedded store"),
+        ("REDIS_URL", "http://:kept-private@redis:6379", REDIS_FORMS),
     ],
 )
 def test_a_bad_secret_is_told_without_its_value(name: str, value: str, expected: str) -> None:

@@ -11,7 +11,6 @@ import gevent
 import httpx
 import pytest
 
-from aistream.connections import SIZE
 from aistream.delivery import SENDERS
 from aistream.kernel_limits import RESERVE, Demand, demand, raise_descriptors, shortages, streams_within
 from tests.conftest import make_config
@@ -48,7 +47,8 @@ def test_aliases_on_one_server_share_its_address(tmp_path: Path) -> None:
 
 
 def test_the_reserve_is_what_redis_the_callbacks_and_the_process_may_take() -> None:
-    assert RESERVE == SIZE + SENDERS + 50
+    assert demand(make_config()).reserve == RESERVE == 50 + SENDERS + 50
+    assert demand(make_config(REDIS_POOL_SIZE="120")).reserve == 120 + SENDERS + 50
 
 
 # ---- What a limit carries ----

@@ -41,6 +41,7 @@ ORDER = """
     server_lines
     loglines
     environment  shared_metrics  kernel_limits
+    tls
     tokens
     session
     sse

@@ -1,4 +1,7 @@
-"""A real Redis in a test's hand: killed, started again with or without its data, made a replica, promoted."""
+"""A real Redis in a test's hand: killed, started again with or without its data, made a replica, promoted; and its Sentinels.
+
+With `Locks` it asks for a password, and speaks TLS to whoever has a certificate.
+"""
 
 import os
 import shutil
@@ -6,8 +9,9 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import redis
 
@@ -20,6 +24,53 @@ def program() -> str | None:
     return shutil.which("redis-server", path=path) or shutil.which("valkey-server", path=path)
 
 
+@dataclass(frozen=True, slots=True)
+class Locks:
+    """What keeps others out: a password, and TLS with these files, of which clients show theirs too."""
+
+    password: str = "of-redis"
+    folder: Path | None = None
+
+    @classmethod
+    def make(cls, folder: Path, *names: str) -> Self:
+        """With certificates for these names, from an authority of their own."""
+        import trustme  # only here: with cryptography it takes longer to import than everything else
+
+        ca = trustme.CA()
+        folder.mkdir(parents=True, exist_ok=True)
+        ca.cert_pem.write_to_path(str(folder / "ca.pem"))
+        for whose, issued in (("server", ca.issue_cert(*names)), ("client", ca.issue_cert("aistream"))):
+            issued.private_key_pem.write_to_path(str(folder / f"{whose}.key"))
+            issued.cert_chain_pems[0].write_to_path(str(folder / f"{whose}.pem"))
+        return cls(folder=folder)
+
+    def server(self, port: int) -> list[str]:
+        """How a server is started with them, on this port."""
+        if self.folder is None:
+            return ["--port", str(port)]
+        files = ("cert-file", "server.pem"), ("key-file", "server.key"), ("ca-cert-file", "ca.pem")
+        options = [word for option, name in files for word in (f"--tls-{option}", str(self.folder / name))]
+        return ["--port", "0", "--tls-port", str(port), "--tls-replication", "yes", *options]
+
+    def client(self) -> dict[str, Any]:
+        """How redis-py opens them."""
+        if self.folder is None:
+            return {}
+        files = {"ca_certs": "ca.pem", "certfile": "client.pem", "keyfile": "client.key"}
+        return {"ssl": True, **{f"ssl_{option}": str(self.folder / name) for option, name in files.items()}}
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """How the service opens them."""
+        if self.folder is None:
+            return {}
+        files = {"CA": "ca.pem", "CERT": "client.pem", "KEY": "client.key"}
+        return {f"REDIS_{which}_FILE": str(self.folder / name) for which, name in files.items()}
+
+
+NONE = Locks(password="")
+
+
 class RedisServer:
     """One Redis on a port of its own, with an append-only file in `folder`.
 
@@ -29,9 +80,10 @@ class RedisServer:
         server.empty()              # killed, and started without
     """
 
-    def __init__(self, folder: Path, port: int | None = None) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, port: int | None = None, locks: Locks = NONE) -> None:
+        self.folder = folder
         self._process: subprocess.Popen[bytes] | None = None
+        self._locks = locks
         self.port = port or _free_port()
 
     def __enter__(self) -> Self:
@@ -43,8 +95,9 @@ class RedisServer:
 
     @property
     def url(self) -> str:
-        """`redis://…`."""
-        return f"redis://{HOST}:{self.port}"
+        """`redis://…`, or `rediss://…` with its password."""
+        login = f":{self._locks.password}@" if self._locks.password else ""
+        return f"redis{'s' if self._locks.folder else ''}://{login}{HOST}:{self.port}"
 
     @property
     def pid(self) -> int:
@@ -54,20 +107,24 @@ class RedisServer:
 
     def client(self) -> "redis.Redis":
         """A client of the test's own."""
-        return redis.Redis(host=HOST, port=self.port, socket_timeout=5)
+        return redis.Redis(
+            host=HOST, port=self.port, password=self._locks.password or None, socket_timeout=5, **self._locks.client()
+        )
 
     def start(self) -> None:
         """Starts it, with whatever data its folder has; returns when it answers."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         found = program()
         assert found is not None, "redis-server is not on this machine: `make test` installs it"
-        command = [found, "--port", str(self.port), "--bind", HOST, "--dir", str(self._folder)]
-        with (self._folder / "log").open("a") as log:
+        command = [found, *self._locks.server(self.port), "--bind", HOST, "--dir", str(self.folder)]
+        if self._locks.password:
+            command += ["--requirepass", self._locks.password, "--masterauth", self._locks.password]
+        with (self.folder / "log").open("a") as log:
             options = ["--appendonly", "yes", "--save", "", "--maxmemory-policy", "noeviction", "--repl-diskless-sync-delay", "0"]
             self._process = subprocess.Popen([*command, *options], stdout=log, stderr=log)
         until = time.monotonic() + 10
         while not self._answers():
-            assert self._process.poll() is None and time.monotonic() < until, (self._folder / "log").read_text()
+            assert self._process.poll() is None and time.monotonic() < until, (self.folder / "log").read_text()
             time.sleep(0.02)
 
     def _answers(self) -> bool:
@@ -87,7 +144,7 @@ class RedisServer:
     def empty(self) -> None:
         """Kills it, and starts it without its data."""
         self.kill()
-        shutil.rmtree(self._folder)
+        shutil.rmtree(self.folder)
         self.start()
 
     def follow(self, master: "RedisServer") -> None:
@@ -103,6 +160,84 @@ class RedisServer:
         """Makes it a master: what its master gets from now on, it does not have."""
         with self.client() as client:
             client.execute_command("REPLICAOF", "NO", "ONE")
+
+
+class Sentinels:
+    """Three Sentinels that know a master as `aistream`; two of them must agree that it is gone. They have a password of their own.
+
+    with Sentinels(folder, master, locks) as sentinels:
+        sentinels.url                   # redis+sentinel://…
+        sentinels.kill(0)
+        sentinels.wait_for_master(replica)
+    """
+
+    PASSWORD = "of-the-sentinels"
+
+    def __init__(self, folder: Path, master: RedisServer, locks: Locks = NONE, *, down_after_ms: int = 500) -> None:
+        self._folder = folder
+        self._locks = locks
+        self._master = master
+        self._down_after_ms = down_after_ms
+        self._ports = [_free_port() for _ in range(3)]
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Self:
+        for index, port in enumerate(self._ports):
+            folder = self._folder / str(index)
+            folder.mkdir(parents=True)
+            lines = [
+                f"sentinel monitor aistream {HOST} {self._master.port} 2",
+                f"sentinel down-after-milliseconds aistream {self._down_after_ms}",
+                f"sentinel auth-pass aistream {self._locks.password}" if self._locks.password else "",
+                f"requirepass {self.PASSWORD}",
+                f"sentinel sentinel-pass {self.PASSWORD}",
+            ]
+            (folder / "conf").write_text("\n".join(lines) + "\n")
+            found = program()
+            assert found is not None, "redis-server is not on this machine: `make test` installs it"
+            command = [found, str(folder / "conf"), "--sentinel", *self._locks.server(port), "--bind", HOST, "--dir", str(folder)]
+            with (folder / "log").open("w") as log:
+                self._processes.append(subprocess.Popen(command, stdout=log, stderr=log))
+        until = time.monotonic() + 15
+        while not all(self._sees_all(index) for index in range(3)):
+            assert time.monotonic() < until, "the Sentinels did not find each other, or no replica"
+            time.sleep(0.1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for index in range(3):
+            self.kill(index)
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """How the service finds the master."""
+        login = f":{self._locks.password}@" if self._locks.password else ""
+        hosts = ",".join(f"{HOST}:{port}" for port in self._ports)
+        url = f"redis{'s' if self._locks.folder else ''}+sentinel://{login}{hosts}/aistream"
+        return {"REDIS_URL": url, "REDIS_SENTINEL_PASSWORD": self.PASSWORD, **self._locks.environ}
+
+    def kill(self, index: int) -> None:
+        """Kills one."""
+        self._processes[index].kill()
+        self._processes[index].wait()
+
+    def master_port(self, index: int) -> int:
+        """Whom this one takes for the master."""
+        with self._client(index) as client:
+            return int(client.execute_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", "aistream")[1])
+
+    def _client(self, index: int) -> "redis.Redis":
+        return redis.Redis(host=HOST, port=self._ports[index], password=self.PASSWORD, socket_timeout=5, **self._locks.client())
+
+    def _sees_all(self, index: int) -> bool:
+        try:
+            with self._client(index) as client:
+                found = client.execute_command("SENTINEL", "MASTER", "aistream")
+        except redis.RedisError:
+            return False
+        facts = found if isinstance(found, dict) else dict(zip(found[::2], found[1::2], strict=True))
+        count = {str(name): value for name, value in facts.items()}
+        return int(count["num-other-sentinels"]) == 2 and int(count["num-slaves"]) >= 1
 
 
 def _free_port() -> int:
