@@ -163,12 +163,11 @@ class RedisServer:
 
 
 class Sentinels:
-    """Three Sentinels that know a master as `aistream`; two of them must agree that it is gone. They have a password of their own.
+    """Three Sentinels that know a master as `aistream`; two must agree that it is gone. They have a password of their own.
 
     with Sentinels(folder, master, locks) as sentinels:
-        sentinels.url                   # redis+sentinel://…
+        ...                   # sentinels.environ
         sentinels.kill(0)
-        sentinels.wait_for_master(replica)
     """
 
     PASSWORD = "of-the-sentinels"
@@ -232,12 +231,10 @@ class Sentinels:
     def _sees_all(self, index: int) -> bool:
         try:
             with self._client(index) as client:
-                found = client.execute_command("SENTINEL", "MASTER", "aistream")
+                known = client.sentinel_master("aistream")
         except redis.RedisError:
             return False
-        facts = found if isinstance(found, dict) else dict(zip(found[::2], found[1::2], strict=True))
-        count = {str(name): value for name, value in facts.items()}
-        return int(count["num-other-sentinels"]) == 2 and int(count["num-slaves"]) >= 1
+        return bool(known["num-other-sentinels"] == 2 and known["num-slaves"] >= 1)
 
 
 def _free_port() -> int:
