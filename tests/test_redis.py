@@ -18,6 +18,7 @@ from gevent.pool import Pool
 from aistream.errors import StoreUnavailable
 from aistream.session import Request
 from aistream.store import Store
+from bench.redis_memory import cost
 from tests.conftest import make_config, missing
 from tests.neighbours.provider import ProviderServer
 from tests.neighbours.receiver import WRONG_METHOD, Receiver
@@ -302,6 +303,20 @@ def test_where_no_sentinel_tells_the_master_redis_is_away(
         store.ping()
 
     assert str(away.value.__cause__) == "no Sentinel says where the master is"
+
+
+# What it needs
+
+
+def test_a_session_costs_redis_what_the_docs_say(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "operations.md").read_text()
+    (told,) = re.findall(r"^\| 4 KiB \| 1,024 \| (.*) KiB \| (.*) KiB \| (.*) KiB \| (.*) KiB \|$", page, re.MULTILINE)
+
+    with RedisServer(tmp_path / "redis") as server:
+        found = cost(server, kilobytes=4, sessions=20)
+
+    # The allocator's rounding and the size of Redis's tables differ between versions.
+    assert [size / 1024 for size in found] == pytest.approx([float(size) for size in told], rel=0.3)
 
 
 # What its disk does not have
