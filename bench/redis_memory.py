@@ -42,7 +42,7 @@ def run_to_its_end(store: Store, session_id: str, pieces: int) -> None:
 
 
 def cost(server: RedisServer, kilobytes: int, sessions: int = SESSIONS) -> tuple[float, int, int, int]:
-    """Bytes that a session with so large an answer takes in all, and its log, its prompt and answer, and its tombstone of them."""
+    """Bytes that a session with so large an answer takes: in all, its log, its prompt and answer, its tombstone."""
     pieces = kilobytes * 1024 // len(PIECE)
     config = Config.from_env({"DEV_MODE": "true", "JWT_SECRET": "x" * 32, "REDIS_URL": server.url})
     with closing(Store(config)) as store, closing(server.client()) as client:

@@ -17,9 +17,10 @@ from aistream.config import Config, manual, settings
 from aistream.endpoints import ANTHROPIC_URL, OPENAI_URL
 from aistream.environment import load
 from aistream.errors import ConfigError
-from aistream.parse import origin_of
+from aistream.parse import RedisAddress, origin_of
 from aistream.tokens import Caller, Tokens
 from tests.conftest import make_config, missing
+from tests.neighbours.redis import Locks
 from tests.service import ROOT, SECRET, Service
 
 #: The least that production needs.
@@ -324,6 +325,116 @@ def test_several_workers_are_refused_on_the_embedded_store(environ: dict[str, st
     assert faults({**PRODUCTION, **environ, "WEB_CONCURRENCY": "2"}) == [
         "WEB_CONCURRENCY is 2: expected 1, or REDIS_URL: workers cannot share the embedded store"
     ]
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("redis://redis", RedisAddress((("redis", 6379),), "", "", False, "", "", 0)),
+        ("redis://:p%40ss:word@redis:6381/3", RedisAddress((("redis", 6381),), "", "", False, "", "p@ss:word", 3)),
+        ("rediss://u%2Fser:pw@[::1]:6380/", RedisAddress((("::1", 6380),), "", "", True, "u/ser", "pw", 0)),
+        (
+            "redis+sentinel://user:pw@s1:26380,s2,[fe80::1]:7/my%20master/2",
+            RedisAddress((("s1", 26380), ("s2", 26379), ("fe80::1", 7)), "my master", "", False, "user", "pw", 2),
+        ),
+        ("rediss+sentinel://s1/m", RedisAddress((("s1", 26379),), "m", "", True, "", "", 0)),
+        ("unix:///run/redis%20.sock", RedisAddress((), "", "/run/redis .sock", False, "", "", 0)),
+        ("unix://u:p@/run/redis.sock?db=4", RedisAddress((), "", "/run/redis.sock", False, "u", "p", 4)),
+    ],
+)
+def test_a_redis_is_found_by_its_url(url: str, expected: RedisAddress) -> None:
+    assert production(REDIS_URL=url).redis_address == expected
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(
+            "redis",
+            "redis:redis",
+            "rediss//redis",
+            "REDIS://redis",
+            "redis://",
+            "redis://:6379",
+            "redis://redis/x",
+            "redis://redis/0/1",
+        ),
+        *("redis://redis:0", "redis://redis:65536", "redis://redis:port", "redis://[::1", "redis://one,two/0"),
+        *("rediss://redis?ssl_cert_reqs=none", "redis://redis#x", "unix://redis.sock", "unix:///s?db=x", "unix:///s?timeout=5"),
+        *(
+            "redis+sentinel://s1",
+            "redis+sentinel://s1/",
+            "redis+sentinel:///m",
+            "redis+sentinel://s1,/m",
+            "redis+sentinel://s1/m/x",
+        ),
+        *("sentinel://s1/m", "redis+unix:///s", "valkey://redis"),
+    ],
+)
+def test_a_redis_that_no_url_can_mean_is_refused(url: str) -> None:
+    assert [fault.split(" ")[0] for fault in faults({**PRODUCTION, "REDIS_URL": url})] == ["REDIS_URL"]
+
+
+def test_the_embedded_store_has_no_address() -> None:
+    assert production(REDIS_URL="memory://").redis_address is production().redis_address is None
+
+
+RATHER = "expected a REDIS_URL of rediss:// or rediss+sentinel:// beside it"
+
+
+@pytest.mark.parametrize(
+    ("environ", "fault"),
+    [
+        ({"REDIS_URL": "redis://redis", "REDIS_CA_FILE": "ca.pem"}, f"REDIS_CA_FILE is 'ca.pem': {RATHER}"),
+        ({"REDIS_CERT_FILE": "c.pem"}, f"REDIS_CERT_FILE is 'c.pem': {RATHER}"),
+        ({"REDIS_URL": "rediss://redis", "REDIS_KEY_FILE": "k"}, "REDIS_KEY_FILE is 'k': expected REDIS_CERT_FILE beside it"),
+        (
+            {"REDIS_URL": "redis://redis", "REDIS_SENTINEL_PASSWORD": "hidden"},
+            "REDIS_SENTINEL_PASSWORD is set: expected a REDIS_URL of redis+sentinel:// or rediss+sentinel:// beside it",
+        ),
+        (
+            {"REDIS_URL": "redis+sentinel://s1/m", "REDIS_SENTINEL_USERNAME": "user"},
+            "REDIS_SENTINEL_USERNAME is set alone: expected REDIS_SENTINEL_PASSWORD beside it",
+        ),
+        ({"REDIS_POOL_SIZE": "1"}, "REDIS_POOL_SIZE is '1': expected a whole number from 2 to 10000"),
+    ],
+)
+def test_what_does_not_go_with_its_redis_is_refused(environ: dict[str, str], fault: str) -> None:
+    assert faults({**PRODUCTION, **environ}) == [fault]
+
+
+@pytest.mark.parametrize(
+    ("files", "fault"),
+    [
+        ({"REDIS_CA_FILE": "none.pem"}, "REDIS_CA_FILE cannot be used (No such file or directory): "),
+        ({"REDIS_CA_FILE": "text"}, "REDIS_CA_FILE cannot be used (NO_CERTIFICATE_OR_CRL_FOUND): "),
+        ({"REDIS_CERT_FILE": "none.pem"}, "REDIS_CERT_FILE cannot be used (No such file or directory): "),
+        ({"REDIS_CERT_FILE": "client.pem"}, "REDIS_CERT_FILE cannot be used ("),
+        (
+            {"REDIS_CERT_FILE": "client.pem", "REDIS_KEY_FILE": "server.key"},
+            "REDIS_CERT_FILE cannot be used (KEY_VALUES_MISMATCH): ",
+        ),
+    ],
+    ids=["no-file", "no-certificates", "no-certificate", "no-key", "another-key"],
+)
+def test_a_tls_file_that_cannot_be_used_stops_the_start_and_is_named(tmp_path: Path, files: dict[str, str], fault: str) -> None:
+    Locks.make(tmp_path, "redis")
+    (tmp_path / "text").write_text("no PEM")
+
+    with pytest.raises(ConfigError) as refused:
+        load({**PRODUCTION, "REDIS_URL": "rediss://redis", **files}, tmp_path)
+
+    (told,) = refused.value.faults
+    assert told.startswith(fault)
+
+
+def test_tls_files_are_looked_for_beside_the_env_file(tmp_path: Path) -> None:
+    environ = {name: Path(path).name for name, path in Locks.make(tmp_path, "redis").environ.items()}
+
+    config = load({**PRODUCTION, "REDIS_URL": "rediss://redis", **environ}, tmp_path)
+
+    assert config.redis_ca_file == str(tmp_path / "ca.pem")
+    assert config.redis_key_file == str(tmp_path / "client.key")
 
 
 def test_several_workers_are_welcome_on_a_redis() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from aistream.config import settings
 from bench.chaos.plan import FAULTS, KINDS
 from tests.service import ROOT
 
@@ -41,6 +42,23 @@ def test_every_rule_has_its_tests() -> None:
 
     assert [int(rule.split(".")[0]) for rule, _ in rules] == list(range(1, 14))
     assert all(re.search(r"`test_\w+`", tests) for _, tests in rules)
+
+
+def test_every_row_of_what_is_kept_has_its_test_or_a_reason() -> None:
+    kept = rows(ROOT / "docs" / "operations.md", "What is kept, where and how long")
+
+    assert len(kept) > 15 and {len(row) for row in kept} == {5}
+    assert [row[0] for row in kept if not re.search(r"^Reason: .|`test_\w+`", row[4])] == []
+
+
+def test_what_is_kept_names_settings_and_keys_that_there_are() -> None:
+    kept = rows(ROOT / "docs" / "operations.md", "What is kept, where and how long")
+    settings_named = {name for row in kept for name in re.findall(r"`([A-Z][A-Z_]+_[A-Z_]+)`", row[3])}
+    keys_named = {key for row in kept for key in re.findall(r"`([a-z]+)(?::<\w+>)?`", row[1])}
+    map_of_keys = (ROOT / "aistream" / "scripts.py").read_text().partition('"""')[2].partition('"""')[0]
+
+    assert {name for name in settings_named if not name.startswith("EXECUTIONS_")} - settings().keys() == set()
+    assert keys_named == {*re.findall(r"aistream:\{0\}:([a-z]+)", map_of_keys), "demo"}
 
 
 def test_the_table_names_kinds_of_chaos_that_there_are() -> None:

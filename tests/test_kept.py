@@ -15,6 +15,7 @@ from aistream.events import Cursor, End, Usage
 from aistream.log import Log
 from aistream.outbox import Page
 from aistream.recall import Recall, Told
+from aistream.scripts import keys_of
 from aistream.session import Claimed, Finished, Missing, Outcome, Request
 from aistream.store import Store
 from tests.conftest import make_config, missing
@@ -47,7 +48,7 @@ def on_disk(server: RedisServer) -> str:
     return "".join(path.read_text(errors="replace") for path in (server.folder / "appendonlydir").iterdir())
 
 
-def test_texts_go_when_the_replay_is_over_the_rest_with_the_tombstone_and_tokens_are_never_kept(
+def test_texts_go_with_the_replay_and_tokens_are_never_kept(
     start_service: Callable[..., Service], tmp_path: Path, provider: ProviderServer, n8n: Receiver
 ) -> None:
     if program() is None:
@@ -84,7 +85,7 @@ def test_texts_go_when_the_replay_is_over_the_rest_with_the_tombstone_and_tokens
         client.bgrewriteaof()
         wait_until(lambda: not client.info("persistence")["aof_rewrite_in_progress"])
         file_then = on_disk(server)
-        wait_until(lambda: "kept-subject" not in everything(client), timeout=6)
+        wait_until(lambda: ":session:" not in everything(client), timeout=6)
         at_last = {stored.decode().split(":")[2] for stored in client.scan_iter()}
 
         assert [text for text in texts if text not in at_first or text not in file_at_first] == []
@@ -102,6 +103,18 @@ def ended(store: Store, session_id: str) -> Claimed:
     assert isinstance(store.finish(session_id, 1, 1, 1, End("stop"), "answer", DONE), Finished)
     store.outbox.take(session_id)
     return claimed
+
+
+@pytest.mark.parametrize(("schedule", "seconds"), [("0,1", 86_400), ("0,86400", 216_000)])
+def test_what_is_owed_is_kept_for_a_day_or_two_and_a_half_schedules(
+    make_store: MakeStore, session_id: str, schedule: str, seconds: int
+) -> None:
+    store = make_store(CALLBACK_SCHEDULE=schedule)
+    ended(store, session_id)
+
+    times = [store.connections.call("TTL", key) for key in keys_of(session_id)]
+
+    assert [seconds - 5 <= left <= seconds for left in times] == [True] * 3
 
 
 def test_a_tombstone_goes_after_its_time(make_store: MakeStore, session_id: str) -> None:
