@@ -22,7 +22,7 @@ from bench.redis_memory import cost
 from tests.conftest import make_config, missing
 from tests.neighbours.provider import ProviderServer
 from tests.neighbours.receiver import WRONG_METHOD, Receiver
-from tests.neighbours.redis import Locks, RedisServer, Sentinels, program
+from tests.neighbours.redis import Locks, RedisServer, Sentinels, program, speaks_tls
 from tests.service import ROOT, Service, on, session_in, text_of, wait_until, watch
 
 StartServices = Callable[..., list[Service]]
@@ -38,6 +38,8 @@ def a_redis_is_there() -> None:
 @pytest.fixture(scope="module")
 def locks(tmp_path_factory: pytest.TempPathFactory) -> Locks:
     """A password, and certificates for this machine, by its address alone."""
+    if not speaks_tls():
+        missing("a redis-server that was built with TLS")
     return Locks.make(tmp_path_factory.mktemp("tls"), "127.0.0.1")
 
 
@@ -246,6 +248,7 @@ def test_a_master_that_is_killed_in_mid_stream_is_replaced_unnoticed_by_the_view
 
             (of_later,) = n8n.wait_for(1, path="/later")
             assert (refused.status_code, refused.json()["code"]) == (503, "store_unavailable")
+            assert [bool(line["reason"]) for line in owner.lines("store.away")] == [True]
             assert [event.id for event in got[:-1]] == [f"1-{i}" for i in range(1, len(got))] and got[-1].data == "[DONE]"
             assert followed == got
             assert (watched.json["status"], watched.json["answer"]) == ("completed", text_of(got))

@@ -24,6 +24,15 @@ def program() -> str | None:
     return shutil.which("redis-server", path=path) or shutil.which("valkey-server", path=path)
 
 
+def speaks_tls() -> bool:
+    """Whether it was built with TLS: one that was not stumbles over the option, this one over the folder behind it."""
+    found = program()
+    if found is None:
+        return False
+    said = subprocess.run([found, "--tls-replication", "no", "--dir", "/no/such"], capture_output=True, check=False)
+    return b"No such file" in said.stdout + said.stderr
+
+
 @dataclass(frozen=True, slots=True)
 class Locks:
     """What keeps others out: a password, and TLS with these files, of which clients show theirs too."""
