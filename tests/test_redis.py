@@ -86,6 +86,7 @@ def test_over_tls_a_connection_that_redis_has_closed_is_replaced_unnoticed(locke
 def test_over_tls_an_answer_that_came_too_late_is_not_the_next_commands(locked: RedisServer, locks: Locks) -> None:
     with opened(REDIS_URL=locked.url, **locks.environ) as store:
         call = store.connections.call
+        store.ping()
         asking = gevent.spawn(call, "EVAL", "for i = 1, 3e7 do end return 'late'", 0)
         gevent.sleep(0.01)
 
