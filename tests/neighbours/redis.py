@@ -208,7 +208,9 @@ class Sentinels:
                 self._processes.append(subprocess.Popen(command, stdout=log, stderr=log))
         until = time.monotonic() + 15
         while not all(self._sees_all(index) for index in range(3)):
-            assert time.monotonic() < until, "the Sentinels did not find each other, or no replica"
+            if time.monotonic() > until:
+                self.__exit__()
+                raise AssertionError("the Sentinels did not find each other, or no replica")
             time.sleep(0.1)
         return self
 
