@@ -6,7 +6,7 @@ import time
 
 from flask import Flask
 
-from aistream import api, telemetry
+from aistream import api, limits, telemetry
 from aistream.api import Parts, demo, health, init, openapi, operator, stream
 from aistream.background import Background
 from aistream.config import Config
@@ -46,6 +46,7 @@ def create_app(config: Config, *, store: Store | None = None) -> Flask:
         config, store, providers, Tokens(config, time.time), destinations, generations, viewing, delivery, background
     )
     api.init_app(app, config)
+    limits.init_app(app, config)
     for bp in (init.bp, stream.bp, health.bp, operator.bp):
         app.register_blueprint(bp)
     if config.dev_mode:

@@ -27,16 +27,17 @@ _CALLBACK_BYTES = 15 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One environment variable: how it is read, and what the manual says of it."""
+    """One environment variable: how it is read, and what the manual says of it. `empties`: set to nothing, it is no unset one."""
 
     parse: Callable[[str], Any]
     default: str
     doc: str
     secret: bool = False
+    empties: bool = False
 
 
-def _setting(parse: Callable[[str], Any], default: str, doc: str, *, secret: bool = False) -> Any:
-    return dataclasses.field(metadata={"setting": Setting(parse, default, doc, secret)}, repr=not secret)
+def _setting(parse: Callable[[str], Any], default: str, doc: str, *, secret: bool = False, empties: bool = False) -> Any:
+    return dataclasses.field(metadata={"setting": Setting(parse, default, doc, secret, empties)}, repr=not secret)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +80,12 @@ class Config:
     port: int = _setting(parse.whole(1, 65_535), "8000", "Port to listen on.")
     web_concurrency: int = _setting(
         parse.whole(1, 256), "1", "Worker processes; one per core is right. More than 1 needs REDIS_URL."
+    )
+    trusted_proxies: int = _setting(
+        parse.whole(0, 10),
+        "0",
+        "How many proxies stand in front of the service, each of which adds an address to X-Forwarded-For: the client's is the "
+        "one that the first of them has added. 0: that header is not believed, and the client is whoever connects.",
     )
     allowed_origins: tuple[str, ...] = _setting(
         parse.origins,
@@ -286,6 +293,42 @@ class Config:
         "How long a stopping worker waits for its generations and callbacks. Keep your stop timeout larger.",
     )
 
+    init_rate_limit: tuple[int, int] | None = _setting(
+        parse.rate,
+        "30000/minute",
+        "New sessions of one subject (the sub of n8n's token), on all workers together, as 60/minute or 100 per 5 minutes. n8n "
+        "signs for all its users with one subject, so it is generous. Empty, or off: no limit.",
+        empties=True,
+    )
+    user_rate_limit: tuple[int, int] | None = _setting(
+        parse.rate,
+        "60/minute",
+        "New sessions of one userId of a subject, where an init names one. Empty, or off: no limit.",
+        empties=True,
+    )
+    unauthorized_rate_limit: tuple[int, int] | None = _setting(
+        parse.rate,
+        "120/minute",
+        "Requests with a missing or bad token from one address, on each worker; further ones get 429 in place of 401. A valid "
+        "token is never refused. See TRUSTED_PROXIES. Empty, or off: no limit.",
+        empties=True,
+    )
+    max_pending_sessions: int = _setting(
+        parse.whole(1, 10_000_000),
+        "10000",
+        "Sessions of one subject that wait for their first viewer, on all workers together; further inits get 429.",
+    )
+    max_streams_per_worker: int = _setting(
+        parse.whole(1, 1_000_000),
+        "10000",
+        "Answers being written at the same time, on each worker. At the limit it takes no init and begins none: 503, or for a "
+        "browser heartbeats until there is room. See README.md for the file descriptors that they need.",
+    )
+    max_viewers_per_worker: int = _setting(
+        parse.whole(1, 1_000_000),
+        "20000",
+        "Open streams, on each worker; fewer where its connections would leave no room for inits and health checks.",
+    )
     max_viewers_per_session: int = _setting(
         parse.whole(1, 100_000), "10", "Viewers of one session at the same time, on each worker."
     )
@@ -320,14 +363,16 @@ class Config:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str], read: Callable[[str], str] | None = None) -> Config:
-        """The configuration that `environ` describes. An empty variable is an unset one. `read` gives a file's text.
+        """The configuration that `environ` describes. An empty variable is an unset one, but for a rate, which it switches off.
+        `read` gives a file's text.
 
         Raises ConfigError that names every fault; the value of a secret is never in it.
         """
         values: dict[str, Any] = {}
         faults: list[str] = []
         for name, setting in settings().items():
-            raw = environ.get(name, "").strip() or setting.default
+            raw = environ.get(name, setting.default).strip()
+            raw = raw if raw or setting.empties else setting.default
             try:
                 values[name.lower()] = setting.parse(raw)
             except parse.BadValue as bad:
@@ -450,7 +495,7 @@ _SECTIONS = {
     "OPENAI_API_KEY": "Providers",
     "RESUME_URL_ALLOWED_ORIGINS": "Callbacks to n8n",
     "SESSION_TTL_SECONDS": "Times, in seconds",
-    "MAX_VIEWERS_PER_SESSION": "Limits",
+    "INIT_RATE_LIMIT": "Limits",
     "METRICS_TOKEN": "Metrics and logs",
 }
 

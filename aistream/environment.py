@@ -17,7 +17,7 @@ from typing import Any
 from dotenv import dotenv_values
 
 from aistream import tls
-from aistream.config import Config, manual
+from aistream.config import Config, manual, settings
 
 #: The folder of `wsgi.py`, `.env` and `.env.example`.
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,8 +33,10 @@ def load(environ: Mapping[str, str] | None = None, root: Path | None = None) -> 
     environ = os.environ if environ is None else environ
     root = _root() if root is None else root
     disabled = environ.get("PYTHON_DOTENV_DISABLED", "").lower() in ("1", "true", "yes", "on", "t", "y")
-    values = {} if disabled else {name: value for name, value in dotenv_values(root / ".env").items() if value}
-    values |= {name: value for name, value in environ.items() if value.strip()}
+    said = {name for name, setting in settings().items() if setting.empties}  # also by nothing
+    file = {} if disabled else dotenv_values(root / ".env")
+    values = {name: value for name, value in file.items() if value or (value is not None and name in said)}
+    values |= {name: value for name, value in environ.items() if value.strip() or name in said}
     if not values.get("JWT_SECRET") and values.get("DEV_MODE", "").strip().lower() in ("true", "1", "yes", "on"):
         values["JWT_SECRET"] = _dev_secret(root / ".dev-secret")
     config = Config.from_env(values, lambda path: (root / path).read_text(encoding="utf-8"))

@@ -8,6 +8,7 @@
     │   ├── Unauthorized        401: says what is wrong with the token
     │   ├── NotFound            404
     │   ├── Conflict            409: not in this state
+    │   ├── Limited             429, 503: more than a limit allows
     │   ├── Refused             a viewer's valid token, but no stream: expired, over, too many, away
     │   └── StoreUnavailable    503: Redis is away
     └── ProviderFailed          the model did not finish: becomes the session's `Failed` ending
@@ -17,6 +18,7 @@ What a caller may know is in the error; what only the operator may know goes to 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -51,9 +53,12 @@ Code = Literal[
     "body_too_large",
     "unsupported_media_type",
     "idempotency_key_reused",
+    "rate_limited",
+    "too_many_pending",
     "too_many_viewers",
     "internal",
     "store_unavailable",
+    "overloaded",
 ]
 
 
@@ -81,11 +86,15 @@ class Fault(NamedTuple):
 
 
 class Problem(AistreamError):
-    """An answer that is not a success, told as RFC 9457 problem+json with a stable `code`."""
+    """An answer that is not a success, told as RFC 9457 problem+json with a stable `code`.
+
+    `limit`: the name in the metrics of the limit that has refused, where one has.
+    """
 
     status = 500
     code: Code = "internal"
     title = "Something went wrong on our side"
+    limit = ""
 
     def __init__(
         self,
@@ -161,8 +170,34 @@ class StoreUnavailable(Problem):
         super().__init__(detail, headers={"Retry-After": "2"})
 
 
+class Limited(Problem):
+    """More than a limit allows, for now; `limit` has its name, `retry_after` the seconds until it is worth trying again."""
+
+    status = 429
+    code: Code = "rate_limited"
+    title = "Too many requests"
+
+    def __init__(
+        self, detail: str, *, limit: str, retry_after: float, code: Code | None = None, status: int | None = None
+    ) -> None:
+        super().__init__(detail, code=code, status=status, headers={"Retry-After": str(max(1, math.ceil(retry_after)))})
+        self.limit = limit
+
+
+class Overloaded(Limited):
+    """This worker writes as many answers as it may; another one may take it."""
+
+    status = 503
+    code = "overloaded"
+    title = "Too many answers at the same time"
+
+    def __init__(self) -> None:
+        detail = "This server writes as many answers as it may at the same time (MAX_STREAMS_PER_WORKER). Try again shortly."
+        super().__init__(detail, limit="streams", retry_after=2)
+
+
 class Refused(Problem):
-    """A viewer with a valid token gets no stream. `final` tells whether coming back can help.
+    """A viewer with a valid token gets no stream. `final` tells whether coming back can help, `held` whether waiting can.
 
     `event_id` is the id of the session's ending, where it has one: a browser that comes back with it gets 204.
     """
@@ -170,9 +205,11 @@ class Refused(Problem):
     final: bool
     event_id: str | None
 
-    def __init__(self, code: Code, event_id: str | None = None) -> None:
+    def __init__(self, code: Code, event_id: str | None = None, *, limit: str = "", held: bool = True) -> None:
         self.status, self.final, detail = _REFUSALS[code]
         self.event_id = event_id
+        self.limit = limit
+        self.held = held and not self.final
         headers = {} if self.final else {"Retry-After": "2"}
         super().__init__(detail, code=code, title="There is no stream to watch", headers=headers)
 
@@ -181,6 +218,7 @@ class Refused(Problem):
 _REFUSALS: dict[Code, tuple[int, bool, str]] = {
     "replay_over": (410, True, "The answer is complete and no longer kept for replay."),
     "too_many_viewers": (429, False, "This answer has as many viewers as it may have. Close one and try again."),
+    "overloaded": (503, False, "The service has as much to do as it can carry. Try again shortly."),
     "store_unavailable": (503, False, "The service cannot reach its store now. Try again shortly."),
     "session_lost": (410, True, "The session was lost together with the server that ran it."),
     "log_lost": (

@@ -21,7 +21,7 @@ from gevent.lock import BoundedSemaphore
 from aistream import telemetry
 from aistream.asking import Asking
 from aistream.config import Config
-from aistream.errors import ProviderFailed, StoreUnavailable
+from aistream.errors import Overloaded, ProviderFailed, StoreUnavailable
 from aistream.estimate import Estimator
 from aistream.events import Cursor, End, Ending, Event, Failed, Reasoning, Text, Usage
 from aistream.log import Log
@@ -42,6 +42,7 @@ from aistream.session import (
     IdempotencyKey,
     Missing,
     Outcome,
+    Quotas,
     Request,
     Short,
     State,
@@ -319,39 +320,58 @@ class Generations:
         self._claiming: dict[str, AsyncResult[Generation | Elsewhere | Ended | Missing | None]] = {}
         #: Claims whose answer was lost, with the nonce by which they are known again.
         self._unheard: dict[str, str] = {}
+        #: Claims under way that may begin a generation.
+        self._beginning = 0
         self._doubting = BoundedSemaphore()
         self._watched_from = 0.0
 
+    @property
+    def full(self) -> bool:
+        """Whether as many run here as may (MAX_STREAMS_PER_WORKER)."""
+        return len(self.running) + self._beginning >= self.config.max_streams_per_worker
+
     def accept(
-        self, session_id: str, subject: str, request: Request, resume_url: str, key: IdempotencyKey | None = None
+        self,
+        session_id: str,
+        subject: str,
+        request: Request,
+        resume_url: str,
+        key: IdempotencyKey | None = None,
+        quotas: Quotas | None = None,
     ) -> Accepted | None:
         """A new session, or the one that `key` has begun; None where it has begun one for another body.
 
-        It waits for its first viewer, unless it is to start immediately. Raises StoreUnavailable.
+        It waits for its first viewer, unless it is to start immediately. Raises Limited and StoreUnavailable.
         """
-        accepted = self.store.create(session_id, subject, request, resume_url, key)
+        if self.full:
+            raise Overloaded
+        accepted = self.store.create(session_id, subject, request, resume_url, key, quotas)
         if accepted is None or accepted.id != session_id:
             return accepted
         self._recall.accepted(accepted)
         if request.immediate:
-            with suppress(StoreUnavailable):  # it is accepted: its first viewer starts it, or its deadline
+            with suppress(StoreUnavailable, Overloaded):  # it is accepted: its first viewer starts it, or its deadline
                 self.claim(session_id)
         return accepted
 
     def claim(self, session_id: str) -> Generation | Elsewhere | Ended | Missing:
         """The session's generation if it runs here, started if it was pending; else where it stands.
 
-        One question to the store for any number of viewers that come at the same moment. Raises StoreUnavailable.
+        One question to the store for any number of viewers that come at the same moment. Raises StoreUnavailable, and Overloaded
+        where it is pending and there is no room for it.
         """
         while True:
             generation = self.running.get(session_id)
             if generation is not None and not generation.log.dropped:
                 return generation
-            found = self._ask(session_id, "open")
+            full = self.full
+            found = self._ask(session_id, "confirm" if full else "open")
             if found is not None:
                 return found
             if self.closed:
                 raise StoreUnavailable  # it is pending, and waits for another worker
+            if full:
+                raise Overloaded
 
     def close(self) -> None:
         """Lets nothing begin here any more: the worker exits soon. What runs, or has ended, can still be watched."""
@@ -363,8 +383,10 @@ class Generations:
             return asked.get()
         asked = self._claiming[session_id] = AsyncResult()
         nonce = self._unheard.setdefault(session_id, uuid.uuid4().hex)
+        closed = self.closed
+        beginning = not closed and intent != "confirm"
+        self._beginning += beginning
         try:
-            closed = self.closed
             claim = self.store.claim(session_id, "confirm" if closed else intent, nonce=nonce)
             if not isinstance(claim, Claimed):
                 found: Generation | Elsewhere | Ended | Missing | None = claim
@@ -379,6 +401,7 @@ class Generations:
             asked.set_exception(error if isinstance(error, Exception) else StoreUnavailable())
             raise
         finally:
+            self._beginning -= beginning
             del self._claiming[session_id]
 
     def recover(self, session_id: str) -> None:

@@ -5,8 +5,9 @@ checks included, and reaches no provider. So a worker raises its soft limit as f
 the limit carries, and says at start what cannot be reached.
 
 What is needed follows from numbers that an operator can set. The streams of a worker are the answers that its providers have
-places for (PROVIDER_CONCURRENCY, or `concurrency` in MODELS_FILE, of each), at most gunicorn's worker_connections. Whoever has
-too few descriptors for that gets more of them or sets fewer places; further answers then wait in the provider's queue.
+places for (PROVIDER_CONCURRENCY, or `concurrency` in MODELS_FILE, of each), at most MAX_STREAMS_PER_WORKER and gunicorn's
+worker_connections. Whoever has too few descriptors for that gets more of them or sets fewer places; further answers then wait in
+the provider's queue.
 """
 
 from __future__ import annotations
@@ -27,25 +28,33 @@ CONNECTIONS = 20_000
 OWN = 250
 #: All of those with the default REDIS_POOL_SIZE.
 RESERVE = OWN + 50
+#: Of the last 50 those for connections that no stream takes, so that inits and health checks find one.
+SPARE = 30
 
 _BACKLOG = "net/core/somaxconn"
 _PORTS = "net/ipv4/ip_local_port_range"
 
 
 class Demand(NamedTuple):
-    """What one worker is configured for: its connections, and answers at the same time by the provider's host and port.
+    """What one worker is configured for: its connections, and answers at the same time, by the provider's host and port.
 
-    `reserve`: descriptors beside those.
+    `most`: of them in all; `reserve`: descriptors beside those.
     """
 
     connections: int
     places: dict[str, int]
+    most: int = 10_000
     reserve: int = RESERVE
+
+    @property
+    def answers(self) -> int:
+        """Answers at the same time that connect to a provider."""
+        return min(self.most, sum(self.places.values()))
 
     @property
     def streams(self) -> int:
         """Answers at the same time, each with a viewer."""
-        return min(self.connections, sum(self.places.values()))
+        return min(self.connections, self.answers)
 
     @property
     def needed(self) -> int:
@@ -60,7 +69,12 @@ class Demand(NamedTuple):
     def connections_within(self, limit: int) -> int:
         """How many connections a worker may take without running out, were each answer to have its viewer."""
         room = limit - _reserve(limit, self.reserve)
-        return max(1, min(self.connections, max(room // 2, room - sum(self.places.values()))))
+        return max(1, min(self.connections, max(room // 2, room - self.answers) + _spare(limit, self.reserve)))
+
+    def lines_within(self, limit: int) -> int:
+        """How many of these connections may be open streams."""
+        connections = self.connections_within(limit)
+        return max(1, connections - min(_spare(limit, self.reserve), (connections + 3) // 4))
 
 
 class Shortage(NamedTuple):
@@ -77,7 +91,7 @@ def demand(config: Config, connections: int = CONNECTIONS) -> Demand:
     for endpoint in config.endpoints:
         if endpoint.usable:
             places[urlsplit(endpoint.base_url).netloc] += endpoint.limits.concurrency or config.provider_concurrency
-    return Demand(connections, dict(places), OWN + config.redis_pool_size)
+    return Demand(connections, dict(places), config.max_streams_per_worker, OWN + config.redis_pool_size)
 
 
 def streams_within(limit: int, reserve: int = RESERVE) -> int:
@@ -88,6 +102,10 @@ def streams_within(limit: int, reserve: int = RESERVE) -> int:
 def _reserve(limit: int, reserve: int) -> int:
     # 200 callbacks at once are rare: they must not leave a small limit without any stream.
     return min(reserve, (limit + 1) // 2)
+
+
+def _spare(limit: int, reserve: int) -> int:
+    return SPARE * _reserve(limit, reserve) // reserve
 
 
 def raise_descriptors(wanted: int) -> int:

@@ -69,6 +69,21 @@ def seconds(low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
+_SPANS = {"second": 1, "minute": 60, "hour": 3_600, "day": 86_400}
+_RATE = re.compile(r"([0-9]{1,9})\s*(?:/|\s+per\s+)\s*([0-9]{1,5})?\s*([a-z]+?)s?")
+
+
+def rate(value: str) -> tuple[int, int] | None:
+    """How many in how many seconds: `60/minute`, `100 per 5 minutes`. None for no limit: `off`, or nothing."""
+    if value.lower() in ("", "off"):
+        return None
+    match = _RATE.fullmatch(value.lower())
+    amount, seconds = (int(match[1]), int(match[2] or 1) * _SPANS.get(match[3], 0)) if match else (0, 0)
+    if not amount or not 1 <= seconds <= _SPANS["day"]:
+        raise BadValue("a number and a span of at most a day, such as 60/minute or 100 per 5 minutes; or off")
+    return amount, seconds
+
+
 def choice(*allowed: str) -> Callable[[str], str]:
     """One of these, whatever the case."""
 

@@ -12,6 +12,8 @@
     aistream:{0}:owed            zset    owed callbacks by the time of the ending
     aistream:{0}:dead            zset    dead letters by time
     aistream:{0}:init:<digest>   hash    what an Idempotency-Key has begun: id of the session, digest of the body
+    aistream:{0}:pending:<sub>   zset    id of a subject's pending session -> its deadline; the key has a digest of the subject
+    aistream:{0}:limit:<n>:<of>  string  inits that count against a quota, in the window that its time to live leaves
     aistream:{0}:tick            hash    when somebody last looked for due sessions; a random birth and a count of looks, which
                                          tell a Redis that lost its data; since when it is known to have lost nothing
     aistream:{0}:inbox:<worker>  list    ids of the worker's sessions that somebody has stopped
@@ -32,12 +34,14 @@ import redis
 
 from aistream.connections import Command, Connections
 from aistream.errors import StoreUnavailable
+from aistream.session import Quota
 
 PREFIX = "aistream:{0}:"
 DEADLINES = PREFIX + "deadlines"
 ORIGINS = PREFIX + "origins"
 OWED = PREFIX + "owed"
 DEAD = PREFIX + "dead"
+PENDING = PREFIX + "pending:"
 TICK = PREFIX + "tick"
 INBOX = PREFIX + "inbox:"
 
@@ -78,6 +82,11 @@ def log_key(session_id: str) -> str:
 def keys_of(session_id: str) -> list[str]:
     """All three, in the order in which the scripts take them."""
     return [session_key(session_id), log_key(session_id), content_key(session_id)]
+
+
+def quota_key(quota: Quota) -> str:
+    """The counter of the inits that count against a quota."""
+    return f"{PREFIX}limit:{quota.name}:{quota.of}"
 
 
 def queue_key(origin: str) -> str:

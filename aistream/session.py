@@ -136,6 +136,33 @@ class IdempotencyKey(msgspec.Struct, frozen=True):
     body: str
 
 
+class Quota(NamedTuple):
+    """How many inits there may be in `seconds`, counted from the first. `name`: as headers and metrics have it, and the setting
+    before `_RATE_LIMIT`; `of`: a digest of whose inits they are."""
+
+    name: str
+    of: str
+    amount: int
+    seconds: int
+
+
+class Left(NamedTuple):
+    """What is left of a quota, and the seconds until there is all of it again."""
+
+    amount: int
+    seconds: float
+
+
+class Quotas:
+    """The quotas that an init counts against. `left` has what is left of each, when the store has looked."""
+
+    __slots__ = ("left", "of")
+
+    def __init__(self, *of: Quota) -> None:
+        self.of = of
+        self.left: list[Left] = []
+
+
 class Accepted(msgspec.Struct, frozen=True):
     """What an accepted init stored, and what never changes afterwards. Points in time are ms since 1970 by Redis's clock.
 

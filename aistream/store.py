@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -11,7 +12,7 @@ import redis
 
 from aistream.config import Config
 from aistream.connections import Connections, connect
-from aistream.errors import StoreUnavailable
+from aistream.errors import Limited, StoreUnavailable
 from aistream.events import Cursor, Ending, Event, from_entry, to_entry
 from aistream.outbox import Outbox
 from aistream.parse import origin_of
@@ -20,6 +21,7 @@ from aistream.scripts import (
     INBOX,
     ORIGINS,
     OWED,
+    PENDING,
     PREFIX,
     TICK,
     Scripts,
@@ -29,6 +31,7 @@ from aistream.scripts import (
     means_away,
     milliseconds,
     pairs,
+    quota_key,
     session_key,
     translated,
 )
@@ -43,8 +46,11 @@ from aistream.session import (
     Finish,
     Finished,
     IdempotencyKey,
+    Left,
     Missing,
     Outcome,
+    Quota,
+    Quotas,
     Request,
     Short,
     State,
@@ -144,25 +150,36 @@ class Store:
             return None
 
     def create(
-        self, session_id: str, subject: str, request: Request, resume_url: str, key: IdempotencyKey | None = None
+        self,
+        session_id: str,
+        subject: str,
+        request: Request,
+        resume_url: str,
+        key: IdempotencyKey | None = None,
+        quotas: Quotas | None = None,
     ) -> Accepted | None:
         """A new pending session. Idempotent by id, and by `key`: used again for the same body, it gives the session it began;
         for another, None.
 
-        One that waits for no viewer is claimed by whoever accepted it; a lease later, by whoever is alive.
+        One that waits for no viewer is claimed by whoever accepted it; a lease later, by whoever is alive. A new one counts
+        against `quotas`, which are told what is left; Limited where one is used up, or the subject has too many pending.
         """
         accepted = Accepted(session_id, subject, request, resume_url, created_at=0, deadline=0, key=key)
-        found, created_at, deadline = self._create(accepted, "", "")
+        found, created_at, deadline = self._create(accepted, "", "", quotas or Quotas())
         return msgspec.structs.replace(accepted, id=found, created_at=created_at, deadline=deadline) if found else None
 
     def create_again(self, accepted: Accepted) -> None:
-        """The session as it was accepted, where the store has lost it; nothing where it stands."""
-        self._create(accepted, accepted.created_at, accepted.deadline)
+        """The session as it was accepted, where the store has lost it; nothing where it stands. It has been counted."""
+        self._create(accepted, accepted.created_at, accepted.deadline, Quotas())
 
-    def _create(self, accepted: Accepted, created_at: int | str, deadline: int | str) -> tuple[str, int, int]:
-        answer = self._scripts.run(
+    def _create(self, accepted: Accepted, created_at: int | str, deadline: int | str, quotas: Quotas) -> tuple[str, int, int]:
+        waits_in = hashlib.sha256(accepted.subject.encode()).hexdigest()[:32]
+        first, second, third, left = self._scripts.run(
             "create",
-            [session_key(accepted.id), content_key(accepted.id), DEADLINES, _init(accepted)],
+            [
+                *(session_key(accepted.id), content_key(accepted.id), DEADLINES, _init(accepted)),
+                *(PENDING + waits_in, *map(quota_key, quotas.of)),
+            ],
             [
                 accepted.id,
                 milliseconds(self._config.lease_seconds if accepted.request.immediate else self._config.session_ttl_seconds),
@@ -176,9 +193,15 @@ class Store:
                 deadline,
                 *_origin_and_key(accepted),
                 session_key(""),
+                waits_in,
+                self._config.max_pending_sessions,
+                *(part for quota in quotas.of for part in (quota.amount, milliseconds(quota.seconds))),
             ],
         )
-        return answer[0].decode(), int(answer[1]), int(answer[2])
+        quotas.left = [Left(left[i], left[i + 1] / 1000) for i in range(0, len(left), 2)]
+        if first == b"limited":
+            raise _limited(quotas.of[second - 1] if second else None, third / 1000, self._config.max_pending_sessions)
+        return first.decode(), int(second), int(third)
 
     def claim(self, session_id: str, intent: Intent = "open", *, nonce: str | None = None) -> Claim | None:
         """Asks for the right to generate: of a pending session, or (`recover`) of a running one whose lease has lapsed.
@@ -196,6 +219,7 @@ class Store:
                 milliseconds(self._config.lease_seconds),
                 self._config.keep_seconds,
                 intent,
+                PENDING,
             ],
         )
         match answer[0]:
@@ -344,6 +368,7 @@ class Store:
                 milliseconds(callback_in),
                 *_ending(ending, outcome),
                 *_ending(CANCELLED, msgspec.structs.replace(outcome, ending=CANCELLED)),
+                PENDING,
             ],
         )
         match result[0]:
@@ -424,6 +449,14 @@ class Store:
     def close(self) -> None:
         """Closes the connections."""
         self.connections.close()
+
+
+def _limited(quota: Quota | None, wait: float, pending: int) -> Limited:
+    if quota is None:
+        detail = f"{pending} sessions of this caller wait for their first viewer, and no more may (MAX_PENDING_SESSIONS)."
+        return Limited(detail, limit="pending", retry_after=wait, code="too_many_pending")
+    detail = f"The limit of {quota.amount} inits within {quota.seconds} s is used up ({quota.name.upper()}_RATE_LIMIT)."
+    return Limited(detail, limit=quota.name, retry_after=wait)
 
 
 def _init(accepted: Accepted) -> str:

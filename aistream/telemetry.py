@@ -95,6 +95,13 @@ _FIRST_TOKEN = Histogram(
     registry=_REGISTRY,
 )
 
+_LIMITED = Counter(
+    "aistream_limited",
+    "What a limit has refused, by its name; `store`: inits that nothing could count, since Redis was away.",
+    ["limit"],
+    registry=_REGISTRY,
+)
+
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
@@ -176,6 +183,11 @@ def provider_queued(provider: str, seconds: float) -> None:
 def provider_began(provider: str, seconds: float) -> None:
     """Notes how long an attempt took to its first token."""
     _FIRST_TOKEN.labels(provider).observe(seconds)
+
+
+def limited(limit: str) -> None:
+    """Counts what a limit has refused."""
+    _LIMITED.labels(limit).inc()
 
 
 class _Standing(Collector):

@@ -17,8 +17,9 @@ from typing import Any
 import gevent
 from gevent.hub import Waiter, get_hub
 
+from aistream import telemetry
 from aistream.config import Config
-from aistream.errors import NotFound, Refused, StoreUnavailable
+from aistream.errors import NotFound, Overloaded, Refused, StoreUnavailable
 from aistream.events import Cursor, Failed
 from aistream.follower import Follower
 from aistream.generation import Generation, Generations
@@ -75,24 +76,31 @@ class Viewer:
         self._closed = False
 
     def open(self) -> bool:
-        """Gets a place among the session's viewers and looks whether there is anything to see.
+        """Gets a line, and a place among the session's viewers, and looks whether there is anything to see.
 
-        False: this viewer has seen the ending. Raises NotFound and Refused.
+        False: this viewer has seen the ending. Raises NotFound and Refused; whoever is not held then keeps nothing.
         """
-        self._viewing.admit(self)
         try:
+            self._viewing.admit(self)
             self._look()
             source = self._source
             ending_id = source.ending_id if isinstance(source, Ended) else source.last if source and source.ended else None
             if ending_id is not None and self.cursor == ending_id:
-                self._viewing.release(self)
+                self.hang_up()
                 return False
             if isinstance(source, Ended) and not source.replayable:
                 raise _replay_over(source)
-        except BaseException:
+        except BaseException as error:
             self._viewing.release(self)
+            if not isinstance(error, Refused) or not error.held:
+                self.hang_up()
             raise
         return True
+
+    def hang_up(self) -> None:
+        """Gives place and line back."""
+        self._viewing.release(self)
+        self._viewing.lines.discard(self)
 
     def stream(self) -> Generator[bytes, None, None]:
         """The response's body: everything after the cursor, then what comes, up to the ending."""
@@ -165,7 +173,7 @@ class Viewer:
             return
         self._closed = True
         self._unwatch()
-        self._viewing.release(self)
+        self.hang_up()
         lines.info(
             "viewer.left",
             session=self.session_id,
@@ -306,7 +314,9 @@ class Viewer:
                 refused = Refused("session_lost")
             except Refused as error:
                 refused = error
-            if refused.final or time.monotonic() >= until:
+            if not refused.held or time.monotonic() >= until:
+                if refused.limit:
+                    telemetry.limited(refused.limit)
                 yield refusal_frame(refused, self.cursor, self.mode)
                 return False
             if self._viewing.leaving:
@@ -337,6 +347,9 @@ class Viewing:
         self.heartbeat = config.heartbeat_seconds
         self.follower = follower
         self._generations = generations
+        #: Viewers with an open line, those that are held included.
+        self.lines: set[Viewer] = set()
+        self._most_lines = config.max_viewers_per_worker
         self._limit = config.max_viewers_per_session
         self._patience = config.slow_viewer_seconds
         self._viewers: dict[str, set[Viewer]] = {}
@@ -355,11 +368,21 @@ class Viewing:
         """The session's viewers on this worker."""
         return list(self._viewers.get(session_id, ()))
 
+    def take_lines(self, most: int) -> None:
+        """Has no more open lines than these, whatever the settings allow."""
+        self._most_lines = min(self._most_lines, most)
+
     def admit(self, viewer: Viewer) -> None:
-        """Gives a viewer its place. Raises Refused."""
+        """Gives a viewer its line and its place. Raises Refused.
+
+        For want of a line nobody is held: that would take one of those that are kept for inits and health checks.
+        """
+        if viewer not in self.lines and len(self.lines) >= self._most_lines:
+            raise Refused("overloaded", limit="viewers", held=False)
+        self.lines.add(viewer)
         viewers = self._viewers.setdefault(viewer.session_id, set())
         if len(viewers) >= self._limit:
-            raise Refused("too_many_viewers")
+            raise Refused("too_many_viewers", limit="viewers_of_session")
         viewers.add(viewer)
         viewer.admitted = True
 
@@ -380,6 +403,8 @@ class Viewing:
             found = self._generations.claim(session_id)
         except StoreUnavailable:
             raise Refused("store_unavailable") from None
+        except Overloaded as error:
+            raise Refused(error.code, limit=error.limit) from None
         if isinstance(found, Missing):
             if found.perhaps:
                 raise Refused("store_unavailable")

@@ -117,6 +117,7 @@ class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         asked = kernel_limits.demand(config, self.cfg.worker_connections)
         limit = kernel_limits.raise_descriptors(asked.wanted)
         self.worker_connections = asked.connections_within(limit)
+        self.wsgi.extensions["aistream"].viewing.take_lines(asked.lines_within(limit))
         if self.age == 1:
             for short in kernel_limits.shortages(asked, limit, self.cfg.backlog, self.cfg.workers):
                 level = "debug" if config.dev_mode else "warning" if short.warns else "info"

@@ -59,7 +59,7 @@ _TELLING = [
     (WRITER, r"aistream/writer\.py"),
     (END, r"aistream/(delivery|outbound|callback|outbox|recall|destination|estimate)\.py|/requests/|/urllib3/"),
     (END, r"^Generation\.(finish|_commit|_reconcile|_written|_estimate) |^_report "),
-    (INIT, r"aistream/api/init\.py|/pydantic/"),
+    (INIT, r"aistream/api/init\.py|aistream/limits\.py|/pydantic/"),
     (VIEW, r"aistream/api/stream\.py|^Viewer\.(__init__|open|watch|close|_look|_unwatch) |^Viewing\."),
     (VIEW, r"^Generations\.(claim|_ask|_begin) "),
     (SEND, r"aistream/viewing\.py|^AsyncWorker\.handle_request |^ClosingIterator\."),

@@ -68,6 +68,8 @@ def test_production_starts_with_its_three_demands_and_sensible_defaults() -> Non
     assert config.callback_schedule == (0, 1, 2, 4, 8, 15, 30, 60, 300, 1800, 7200, 18_000, 36_000)
     assert (config.session_ttl_seconds, config.replay_seconds, config.lease_seconds) == (60, 1800, 15)
     assert (config.heartbeat_seconds, config.max_stream_seconds, config.drain_seconds) == (15, 600, 120)
+    assert (config.init_rate_limit, config.user_rate_limit, config.unauthorized_rate_limit) == ((30_000, 60), (60, 60), (120, 60))
+    assert (config.max_pending_sessions, config.max_streams_per_worker, config.max_viewers_per_worker) == (10_000, 10_000, 20_000)
     assert (config.max_viewers_per_session, config.max_body_bytes, config.max_answer_bytes) == (10, 256 * 1024, 2 * 2**20)
     assert (config.log_level, config.log_format, config.metrics_token) == ("info", "auto", "")
     assert (config.callback_secret, config.callback_secret_previous, config.callback_headers) == (b"", b"", ())
@@ -78,10 +80,58 @@ def test_production_starts_with_its_three_demands_and_sensible_defaults() -> Non
     assert (config.models_file, config.anthropic_version, config.token_encoding) == ("", "", "o200k_base")
 
 
+RATES = {"INIT_RATE_LIMIT", "USER_RATE_LIMIT", "UNAUTHORIZED_RATE_LIMIT"}
+
+
 def test_an_empty_variable_is_an_unset_one() -> None:
-    blank = dict.fromkeys(set(settings()) - set(PRODUCTION), "  ")
+    blank = dict.fromkeys(set(settings()) - set(PRODUCTION) - RATES, "  ")
 
     assert production(**blank) == production()
+
+
+@pytest.mark.parametrize("value", ["", "  ", "off", "OFF"])
+def test_an_empty_rate_is_none(tmp_path: Path, value: str) -> None:
+    blank = dict.fromkeys(RATES, value)
+    (tmp_path / ".env").write_text("".join(f"{name}={value}\n" for name in RATES))
+
+    found = [production(**blank), load({**PRODUCTION, **blank}, ROOT / "docs"), load(PRODUCTION, tmp_path)]
+
+    assert {(one.init_rate_limit, one.user_rate_limit, one.unauthorized_rate_limit) for one in found} == {(None, None, None)}
+
+
+@pytest.mark.parametrize(
+    ("value", "rate"),
+    [
+        ("60/minute", (60, 60)),
+        ("1 per second", (1, 1)),
+        ("100 per 5 Minutes", (100, 300)),
+        ("10/2hours", (10, 7_200)),
+        ("999999999 / day", (999_999_999, 86_400)),
+    ],
+)
+def test_a_rate_is_so_many_in_a_span(value: str, rate: tuple[int, int]) -> None:
+    assert production(USER_RATE_LIMIT=value).user_rate_limit == rate
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "60",
+        "0/minute",
+        "-1/minute",
+        "5/week",
+        "5/0 minutes",
+        "5/2 days",
+        "60 minute",
+        "60permin",
+        "6.5/minute",
+        "5/minute;9/hour",
+    ],
+)
+def test_a_rate_that_is_none_is_refused(value: str) -> None:
+    expected = "a number and a span of at most a day, such as 60/minute or 100 per 5 minutes; or off"
+
+    assert faults({**PRODUCTION, "USER_RATE_LIMIT": value}) == [f"USER_RATE_LIMIT is {value!r}: expected {expected}"]
 
 
 def test_values_are_read_without_the_blanks_around_them() -> None:

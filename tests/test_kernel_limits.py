@@ -1,5 +1,6 @@
 """What the kernel allows against what is configured: the arithmetic, the words, and services that really run out."""
 
+import json
 import resource
 import subprocess
 import sys
@@ -72,17 +73,32 @@ def test_what_is_needed_is_the_smallest_limit_that_carries_it(streams: int) -> N
 def test_the_connections_of_a_worker_never_take_more_than_there_is(limit: int, places: int) -> None:
     asked = Demand(20_000, {"x": places})
 
-    connections = asked.connections_within(limit)
+    connections, lines = asked.connections_within(limit), asked.lines_within(limit)
 
-    assert 1 <= connections <= 20_000
-    assert connections + min(connections, places) <= limit - min(RESERVE, (limit + 1) // 2)
+    assert 1 <= lines <= connections <= 20_000
+    assert lines + min(lines, places) <= limit - min(RESERVE, (limit + 1) // 2)
     if limit >= asked.wanted:
         assert connections == 20_000
 
 
 def test_fewer_places_than_a_limit_carries_leave_room_for_connections_without_an_answer() -> None:
-    assert Demand(20_000, {"x": 10_000}).connections_within(4_096) == 1_898
-    assert Demand(20_000, {"x": 1_000}).connections_within(4_096) == 2_796
+    assert Demand(20_000, {"x": 10_000}).lines_within(4_096) == 1_898
+    assert Demand(20_000, {"x": 1_000}).lines_within(4_096) == 2_796
+
+
+@pytest.mark.parametrize(
+    ("connections", "limit", "lines"), [(20_000, 1_048_576, 19_970), (20_000, 4_096, 1_898), (100, 4_096, 75), (5, 4_096, 3)]
+)
+def test_a_few_connections_are_kept_for_inits_and_health_checks(connections: int, limit: int, lines: int) -> None:
+    asked = Demand(connections, {"x": 10_000})
+
+    assert asked.lines_within(limit) == lines < asked.connections_within(limit)
+
+
+def test_a_worker_is_to_carry_no_more_streams_than_it_may(tmp_path: Path) -> None:
+    asked = demand(make_config(OPENAI_API_KEY="k", ANTHROPIC_API_KEY="k", MAX_STREAMS_PER_WORKER="1000"))
+
+    assert (asked.streams, asked.needed) == (1_000, 2_300)
 
 
 # ---- What is said ----
@@ -240,23 +256,31 @@ def test_a_developer_is_told_at_debug_alone(few: Service) -> None:
     assert [line["level"] for line in few.lines("descriptors.short")] == ["debug"]
 
 
-def test_streams_beyond_the_descriptors_wait_and_then_flow_to_their_end(
+def test_a_viewer_beyond_the_descriptors_is_told_so_and_neither_an_init_nor_a_health_check_waits(
     few: Service, provider: ProviderServer, n8n: Receiver
 ) -> None:
     urls = [few.stream_url(model="gpt-test-hold-n4-k2-i71", resumeUrl=n8n.url()) for _ in range(52)]
-    reading = [gevent.spawn(few.read, url) for url in urls]
+    reading = {url: gevent.spawn(few.read, url) for url in urls}
     provider.wait_for_open_streams(40, timeout=10)
-    asking = gevent.spawn(httpx.get, f"{few.url}/health", timeout=20)
+    wait_until(lambda: sum(reader.ready() for reader in reading.values()) == 12)
+    alive, ready = few.get("/health"), few.get("/health/ready")
+    asked = few.init(resumeUrl=n8n.url(), model="echo")
 
     def over() -> bool:
         provider.release()
-        return all(reader.ready() for reader in reading)
+        return all(reader.ready() for reader in reading.values())
 
+    refused = [url for url, reader in reading.items() if reader.ready()]
+    told = [event for url in refused for event in reading[url].get()]
+    wait_until(over, timeout=20)
+    reading |= {url: gevent.spawn(few.read, url) for url in refused}
     wait_until(over, timeout=20)
 
-    assert [reader.get()[-1].data for reader in reading] == ["[DONE]"] * 52
+    assert [event.event for event in told] == ["error"] * 12
+    assert {tuple(json.loads(event.data).items())[::2] for event in told} == {(("code", "overloaded"), ("retryable", True))}
+    assert [answer.status_code for answer in (alive, ready, asked)] == [200, 200, 200]
+    assert [reader.get()[-1].data for reader in reading.values()] == ["[DONE]"] * 52
     assert {callback.json["status"] for callback in n8n.wait_for(52, timeout=10)} == {"completed"}
-    assert asking.get(timeout=5).status_code == 200
     assert "Traceback" not in few.log
 
 

@@ -20,6 +20,7 @@ ORDER = """
     api.demo  api.openapi
     api.contract
     api.init  api.stream  api.health  api.operator
+    limits
     api
     background
     viewing  delivery  generation
@@ -73,7 +74,7 @@ ONLY = {
     "requests": ["outbound"],
     "urllib3": ["outbound"],
     "jwt": ["tokens"],
-    "flask": ["app", "api"],
+    "flask": ["app", "api", "limits"],
     "flask_cors": ["api"],
     "gunicorn": ["worker", "server_lines"],
     "dotenv": ["environment"],

@@ -13,6 +13,7 @@ from flask import Flask, Response, current_app, g, request
 from flask_cors import CORS
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
+from aistream import telemetry
 from aistream.background import Background
 from aistream.config import LOOPBACK_ORIGIN, Config
 from aistream.delivery import Delivery
@@ -95,6 +96,8 @@ def json_response(value: Any, status: int = 200, mimetype: str = "application/js
 
 def problem(error: Problem) -> Response:
     """What a caller is told of an error."""
+    if error.limit:
+        telemetry.limited(error.limit)
     tell(code=error.code)
     answer = ProblemAnswer(
         title=error.title,
@@ -145,7 +148,7 @@ def init_app(app: Flask, config: Config) -> None:
         origins=[re.compile(rf"{one}\Z", re.IGNORECASE) for one in origins],
         always_send=False,  # who sends no Origin is no page: it is not told the list
         allow_headers=["Authorization", "Cache-Control", "Content-Type", "Last-Event-ID"],
-        expose_headers=["Retry-After", "X-Request-ID"],
+        expose_headers=["RateLimit", "RateLimit-Policy", "Retry-After", "X-Request-ID"],
         methods=["GET", "POST"],
         max_age=600,
     )

@@ -63,9 +63,16 @@ CODES: dict[Code, Refusal] = {
     "body_too_large": Refusal(413, ("initStream",), "larger than `MAX_BODY_BYTES`"),
     "unsupported_media_type": Refusal(415, ("initStream",), "the body is not JSON"),
     "idempotency_key_reused": Refusal(422, ("initStream",), "this `Idempotency-Key` was used for another request"),
+    "rate_limited": Refusal(
+        429,
+        (*_CALLER, *_VIEWER, "getMetrics"),
+        "more inits than a quota allows, or too many missing or bad tokens from this address",
+    ),
+    "too_many_pending": Refusal(429, ("initStream",), "more sessions of this `sub` wait for a viewer than may"),
     "too_many_viewers": Refusal(429, ("watchStream",), "as many viewers as there may be"),
     "internal": Refusal(500, (), "our fault: it is in the log, under the `requestId`"),
     "store_unavailable": Refusal(503, _STORED, "Redis cannot be asked now"),
+    "overloaded": Refusal(503, ("initStream", "watchStream"), "this server has as much to do as it can carry"),
 }
 
 
@@ -118,7 +125,7 @@ OPERATIONS = (
         init.init_stream,
         "Workflow",
         "Ask for an answer",
-        {200: Answer("The address of the stream", init.InitAnswer, ("Idempotent-Replayed",))},
+        {200: Answer("The address of the stream", init.InitAnswer, ("Idempotent-Replayed", "RateLimit", "RateLimit-Policy"))},
         ("IdempotencyKey",),
         ("n8nToken", ""),
     ),
@@ -266,6 +273,8 @@ def _header(text: str, schema: Json, *, required: bool = True) -> Json:
 HEADERS = {
     "X-Request-ID": _header("The request's own id if it had one, or a new one.", {"type": "string"}),
     "Retry-After": _header("Seconds to wait.", {"type": "integer", "minimum": 0}),
+    "RateLimit": _header("What is left of each quota, and the seconds until it is whole again: `\"init\";r=11;t=30`.", _TEXT),
+    "RateLimit-Policy": _header("The quotas: `\"init\";q=12;w=60` (draft-ietf-httpapi-ratelimit-headers).", _TEXT),
     "WWW-Authenticate": _header("RFC 6750.", {"type": "string", "pattern": "^Bearer"}),
     "Idempotent-Replayed": _header(
         "`true` where the `Idempotency-Key` had begun the stream before.", {"type": "string", "const": "true"}, required=False

@@ -17,11 +17,12 @@ from flask import Blueprint, Response, request
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 from werkzeug.exceptions import RequestEntityTooLarge
 
+from aistream import limits, telemetry
 from aistream.api import Ok, bearer, json_response, parts, tell
 from aistream.callback import Time, timestamp
 from aistream.config import Config
 from aistream.endpoints import Effort
-from aistream.errors import DestinationRefused, Fault, InvalidRequest, Problem
+from aistream.errors import DestinationRefused, Fault, InvalidRequest, Problem, StoreUnavailable
 from aistream.session import IdempotencyKey, Message, Request
 from aistream.tokens import Caller
 
@@ -135,7 +136,11 @@ def init_stream() -> Response:
     body = read_body(request.get_data(cache=False))
     # Who asks is settled before what is asked: the faults of a body are told to callers only.
     caller = parts().tokens.verify_caller(_token(body))
-    answer, replayed = accept(body, caller, _key(body, caller))
+    try:
+        answer, replayed = accept(body, caller, _key(body, caller))
+    except StoreUnavailable:
+        telemetry.limited("store")
+        raise
     response = json_response(answer)
     if replayed:
         response.headers["Idempotent-Replayed"] = "true"
@@ -196,13 +201,14 @@ def _token(body: dict[str, Any]) -> str | None:
 def accept(body: dict[str, Any], caller: Caller, key: IdempotencyKey | None = None) -> tuple[InitAnswer, bool]:
     """Checks what is asked, stores the session, and gives the answer to init, and whether `key` had begun it before.
 
-    Raises InvalidRequest, StoreUnavailable, and a 422 where `key` was used for another body.
+    Raises InvalidRequest, Limited, StoreUnavailable, and a 422 where `key` was used for another body.
     """
     config = parts().config
     asked = _checked(body, config)
     asked_of_model = _request(asked, config)
     fresh_id = str(uuid.uuid4())
-    accepted = parts().generations.accept(fresh_id, caller.subject, asked_of_model, asked.resumeUrl, key)
+    quotas = limits.quotas(config, caller.subject, asked.userId)
+    accepted = parts().generations.accept(fresh_id, caller.subject, asked_of_model, asked.resumeUrl, key, quotas)
     if accepted is None:
         raise Problem(
             "This Idempotency-Key was used for another request: a new request needs a key of its own.",

@@ -2,12 +2,13 @@
 -- KEYS  1 session hash, 2 log stream, 3 content hash, 4 deadlines zset, 5 origins zset, 6 owed zset
 -- ARGV  1 id, 2 epoch (0: a pending session that nobody came for, or that was stopped), 3 seq of the ending, 4 entries that the log
 --       must have before it, 5 answer, 6 seconds to keep what is owed, 7 ms until the callback is due,
---       8..11 the ending: state, entry name, entry value, outcome; 12..15 the same for 'cancelled'
+--       8..11 the ending: state, entry name, entry value, outcome; 12..15 the same for 'cancelled',
+--       16 prefix of the subjects' zsets of pending sessions (same slot)
 -- gives {'ended', ending id, state} | {'missing'} | {'fenced'} | {'short'}
 -- Atomic: an ending without its callback is a workflow that hangs, a callback without its ending may be sent twice. The
 -- ending comes last: while the log is not as long as its writer knows it, nothing is written ('short'). A session that somebody
 -- has stopped ends as cancelled, whatever else it came to. Idempotent by epoch.
-local s = redis.call('HMGET', KEYS[1], 'state', 'epoch', 'ending_id', 'cancel', 'origin')
+local s = redis.call('HMGET', KEYS[1], 'state', 'epoch', 'ending_id', 'cancel', 'origin', 'pending')
 local state, epoch = s[1], s[2]
 if not state then
   redis.call('ZREM', KEYS[4], ARGV[1])
@@ -43,6 +44,9 @@ redis.call('XADD', KEYS[2], ending_id, ARGV[as + 1], ARGV[as + 2])
 redis.call('HSET', KEYS[1], 'state', ARGV[as], 'ending_id', ending_id, 'ended_at', now, 'outcome', ARGV[as + 3],
   'callback', 'owed', 'attempt', 0)
 redis.call('HSET', KEYS[3], 'answer', ARGV[5])
+if s[6] and state == 'pending' then
+  redis.call('ZREM', ARGV[16] .. s[6], ARGV[1])
+end
 redis.call('ZREM', KEYS[4], ARGV[1])
 owe(KEYS[5], s[5], ARGV[1], now + ARGV[7])
 redis.call('ZADD', KEYS[6], now, ARGV[1])
