@@ -24,6 +24,10 @@ SECRET = "a-secret-of-the-tests-with-enough-bytes"
 PROMPT = f"Hello {CANARY}"
 
 
+#: For a load that would not come from one n8n.
+UNLIMITED = {"INIT_RATE_LIMIT": "off", "USER_RATE_LIMIT": "off", "MAX_PENDING_SESSIONS": "1000000"}
+
+
 class Event(NamedTuple):
     """One server-sent event as httpx-sse decodes it."""
 

@@ -29,7 +29,7 @@ from tests.neighbours.provider import ProviderServer
 from tests.neighbours.receiver import Receiver
 from tests.neighbours.redis import RedisServer
 from tests.neighbours.scenarios import SEPARATOR
-from tests.service import Service, n8n_token
+from tests.service import UNLIMITED, Service, n8n_token
 
 #: Seconds after its last word for which a stream may still be waited for.
 PATIENCE = 60.0
@@ -44,6 +44,7 @@ ENVIRON = {
     "REPLAY_SECONDS": "120",
     "CALLBACK_SCHEDULE": "0,0.5,1,2,2,3,3,3,5,5,5,5,10,10,10,10",
     "LOG_FORMAT": "json",
+    **UNLIMITED,
 }
 
 

@@ -30,7 +30,7 @@ from typing import Any, Self
 
 from bench.load import processes
 from tests.neighbours.redis import RedisServer, program
-from tests.service import ROOT, SECRET
+from tests.service import ROOT, SECRET, UNLIMITED
 
 HOST = "127.0.0.1"
 #: Share of its core above which the load itself is what is measured.
@@ -371,7 +371,7 @@ class Rig:
                 **{"PATH": os.environ["PATH"], "HOME": str(self.folder), "TMPDIR": str(self.folder)},
                 **{"PYTHON_DOTENV_DISABLED": "true", "JWT_SECRET": SECRET},
                 **{"OPENAI_API_KEY": "sk-bench", "OPENAI_BASE_URL": f"{self.provider_url}/v1", "REDIS_URL": redis.url},
-                **{"PORT": str(port), **environ},
+                **{"PORT": str(port), **UNLIMITED, **environ},
             }
             command = [sys.executable, "-m", "gunicorn", "--bind", f"{HOST}:{port}", *arguments]
             with processes.pinned(cores):

@@ -26,7 +26,7 @@ from bench.outbox.record import Evidence, Kept, Kill, Session, Watch
 from tests.neighbours.http1 import HOST
 from tests.neighbours.provider import ProviderServer
 from tests.neighbours.redis import RedisServer
-from tests.service import Service, n8n_token
+from tests.service import UNLIMITED, Service, n8n_token
 
 #: Seconds for a request to the service, and for all tries of one.
 SILENCE = 15.0
@@ -85,6 +85,7 @@ class Run:
             "SESSION_TTL_SECONDS": f"{SESSION_TTL:g}",
             "CALLBACK_SCHEDULE": ",".join(f"{delay:g}" for delay in self.options.schedule),
             "LOG_FORMAT": "json",
+            **UNLIMITED,
             "REDIS_URL": self.redis.url,
         }
         self.service = Service(self.folder / "service.log", environ)
