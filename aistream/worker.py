@@ -2,7 +2,8 @@
 
 On SIGTERM gunicorn's own worker closes its listener and waits for connections, whatever they are. This one goes on serving
 while it drains: whoever comes back to the last worker of a service that stops still finds it. (A refused connection ends an
-EventSource of Firefox for good.) Where other workers listen on the same port, new connections are theirs.
+EventSource of Firefox for good.) Where other workers listen on the same port, new connections are theirs. Every connection that
+was taken has its answer before the worker exits: only a refused one may be asked of another replica, whatever it asks.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ COURTESY = 0.05
 #: Seconds for which it then accepts.
 MOMENT = 0.005
 #: Seconds in which a connection that was accepted in the last moment says what it wants, and at most until it has its answer.
-LAST_WISH = 0.1
+LAST_WISH = 1.0
 LAST_ANSWER = 5.0
 #: Seconds until a worker that has no file descriptor left tries again to accept, and between two lines that say so.
 SCARCITY = 0.1
@@ -85,6 +86,17 @@ class Listener(StreamServer):
                     gevent.sleep(MOMENT)
                     self.stop_accepting()
 
+    def close_behind_the_last(self) -> None:
+        """Accepts whatever still waits, then refuses connections: one that only the kernel had taken would be cut by the exit."""
+        until = time.monotonic() + LAST_WISH
+        while True:
+            super().start_accepting()
+            gevent.sleep(MOMENT)
+            self.stop_accepting()
+            if not self._one_waits() or time.monotonic() > until:
+                break
+        self.close()
+
     def _one_waits(self) -> bool:
         return bool(select([self.socket], [], [], 0)[0])
 
@@ -96,6 +108,8 @@ class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         super().__init__(*args, **kwargs)
         self._listeners: list[Listener] = []
         self._draining = False
+        #: Connections that were accepted since then and are still open: each asks once.
+        self._late = 0
 
     @property
     def background(self) -> Any:
@@ -132,10 +146,22 @@ class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         self._listeners.append(listener)
         return listener
 
+    def handle(self, listener: Any, client: Any, address: Any) -> None:
+        """gunicorn's: one connection, from its first byte to its last."""
+        late = self._draining
+        self._late += late
+        try:
+            super().handle(listener, client, address)
+        finally:
+            self._late -= late
+
     def handle_exit(self, sig: int, frame: Any) -> None:
         """SIGTERM: stays alive for gunicorn's master and for its connections, until it has drained."""
         if not self._draining:
             self._draining = True
+            # A balancer that keeps its connections to us would meet the exit in one of them: each answer is the last one of its
+            # connection from now on.
+            self.cfg.set("keepalive", 0)
             gevent.spawn(self._leave)
 
     def _leave(self) -> None:
@@ -145,11 +171,15 @@ class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         self.background.drain()
         gevent.killall(accepting)
         for listener in self._listeners:
-            listener.stop_accepting()
-        gevent.sleep(LAST_WISH)
-        until = time.monotonic() + LAST_ANSWER
-        while self.background.requests and time.monotonic() < until:
+            listener.close_behind_the_last()
+        began = time.monotonic()
+        while True:
             gevent.sleep(0.02)
+            seconds = time.monotonic() - began
+            answering = self.background.requests and seconds < LAST_ANSWER
+            wishing = self._late and seconds < LAST_WISH
+            if not (answering or wishing):
+                break
         # What is left now are kept-alive connections with nothing to say. gunicorn would wait for them to the end of
         # `graceful_timeout` and answer each with a 500; an exit just closes them.
         sys.exit(0)  # from any greenlet gevent carries this to the main one

@@ -272,6 +272,36 @@ def test_an_idle_connection_does_not_hold_a_worker_back(start_service: StartServ
     assert service.lines("worker.drained") and "SIGKILL" not in service.log
 
 
+def test_until_a_worker_refuses_connections_each_that_it_takes_has_its_answer(start_service: StartService) -> None:
+    service = start_service(DRAIN_SECONDS="1", **BRIEF)
+    request = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    answers: list[bytes] = []
+
+    def ask() -> bool:
+        with socket.socket() as sock:
+            if sock.connect_ex(("127.0.0.1", service.port)):
+                return False
+            sock.sendall(request)
+            try:
+                answers.append(sock.recv(4096))
+            except ConnectionError as error:
+                answers.append(str(error).encode())
+            return True
+
+    def keep_asking() -> None:
+        while ask():
+            gevent.sleep(0.003)
+
+    asking = [gevent.spawn(keep_asking) for _ in range(10)]
+    gevent.sleep(0.2)
+    os.kill(service.pid, signal.SIGTERM)
+    gevent.joinall(asking, timeout=15, raise_error=True)
+
+    assert all(one.ready() for one in asking) and len(answers) > 20
+    assert [answer for answer in answers if not answer.startswith(b"HTTP/1.1 200")] == []
+    assert any(b"Connection: close" in answer for answer in answers)
+
+
 def test_while_redis_is_away_init_says_so_and_local_viewers_notice_nothing(
     start_service: StartService, provider: ProviderServer, n8n: Receiver, tmp_path: Path, free_port: int
 ) -> None:
