@@ -72,6 +72,8 @@ class Recall:
         self._size = 0
         self._behind = False
         self._pending_again_at: float | None = None
+        #: The pending sessions that were known then: what is accepted later stands in the store as it is now.
+        self._doubted: set[str] = set()
         self._pruned_at = 0.0
 
     def __len__(self) -> int:
@@ -85,7 +87,7 @@ class Recall:
     @property
     def telling(self) -> bool:
         """Whether something is still to be told again, pending sessions included."""
-        return self._behind or (self._pending_again_at is not None and bool(self._pending))
+        return self._behind or (self._pending_again_at is not None and not self._doubted.isdisjoint(self._pending))
 
     def accepted(self, accepted: Accepted) -> None:
         """A session was accepted here, and waits for its first viewer."""
@@ -121,6 +123,7 @@ class Recall:
         """The store may have lost writes: everything is to be told again."""
         self._behind = True
         self._pending_again_at = time.monotonic() + self._patience
+        self._doubted = set(self._pending)
 
     def step(self) -> None:
         """Tells again what is to be told, then forgets what is no longer needed. Raises StoreUnavailable."""

@@ -300,6 +300,22 @@ def test_an_accepted_session_comes_back_after_its_owner_had_time_to_do_so_first(
     assert isinstance(store.claim(session_id), Claimed)
 
 
+def test_what_is_accepted_after_a_doubt_is_not_waited_for(make_store: MakeStore, session_id: str) -> None:
+    store = make_store(**LEASE)
+    recall = Recall(make_config(**LEASE), store)
+
+    recall.doubt()  # as at the first look at a new Redis
+    recall.step()
+    recall.accepted(store.create(session_id, "n8n", ASKED, "http://n8n/w"))
+    accepted_later = recall.telling
+    recall.doubt()
+    recall.step()
+    accepted_before = recall.telling
+    recall.claimed(session_id)
+
+    assert (accepted_later, accepted_before, recall.telling) == (False, True, False)
+
+
 def ended(store: Store, session_id: str) -> Told:
     """A session that this worker ran to its end."""
     storing = storing_of(claim(store, session_id), "a")
