@@ -9,6 +9,7 @@
     │   ├── NotFound            404
     │   ├── Conflict            409: not in this state
     │   ├── Limited             429, 503: more than a limit allows
+    │   ├── Draining            503: this worker stops, and another one can be asked
     │   ├── Refused             a viewer's valid token, but no stream: expired, over, too many, away
     │   └── StoreUnavailable    503: Redis is away
     └── ProviderFailed          the model did not finish: becomes the session's `Failed` ending
@@ -59,6 +60,7 @@ Code = Literal[
     "internal",
     "store_unavailable",
     "overloaded",
+    "draining",
 ]
 
 
@@ -194,6 +196,17 @@ class Overloaded(Limited):
     def __init__(self) -> None:
         detail = "This server writes as many answers as it may at the same time (MAX_STREAMS_PER_WORKER). Try again shortly."
         super().__init__(detail, limit="streams", retry_after=2)
+
+
+class Draining(Problem):
+    """This worker stops, and whoever asks has said that it can ask another one."""
+
+    status = 503
+    code: Code = "draining"
+    title = "This worker stops"
+
+    def __init__(self) -> None:
+        super().__init__("This worker takes nothing new any more; another one does.", headers={"Retry-After": "1"})
 
 
 class Refused(Problem):

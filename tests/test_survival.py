@@ -17,16 +17,17 @@ from pathlib import Path
 import gevent
 import httpx
 import pytest
+from flask.testing import FlaskClient
 from gevent.pool import Pool
 
 from aistream.session import Request
 from aistream.store import Store
-from tests.conftest import make_config
+from tests.conftest import make_config, parts_of
 from tests.neighbours.line import Line
 from tests.neighbours.provider import Asked, ProviderServer
 from tests.neighbours.receiver import HANG, Receiver
 from tests.neighbours.redis import RedisServer, program
-from tests.service import PROMPT, Event, Service, on, session_in, text_of, wait_until, watch
+from tests.service import PROMPT, Event, Service, n8n_token, on, session_in, text_of, wait_until, watch
 
 StartService = Callable[..., Service]
 LEASE = {"LEASE_SECONDS": "1"}
@@ -725,6 +726,22 @@ def test_a_draining_worker_still_takes_who_comes_back_and_says_that_it_is_not_re
 
     assert (ready.status_code, ready.json()["missing"]) == (503, ["draining"])
     assert third.id == "1-3" and rest[-1].data == "[DONE]"
+
+
+def test_who_can_ask_another_replica_is_sent_there_by_a_worker_that_drains(client: FlaskClient) -> None:
+    accepted = client.post("/init-stream", json={"n8nToken": n8n_token(), "resumeUrl": "http://127.0.0.1:9/none", "prompt": "a"})
+    url = accepted.json["streamUrl"] if accepted.json else ""
+    path = url[url.index("/stream/") :]
+    headers = {**EVENT_STREAM, "X-Retry-Elsewhere": "1"}
+    parts_of(client).background.draining = True
+
+    sent_away = client.get(path, headers=headers)
+    nameless = client.get(path.partition("?")[0], headers=headers)
+    elsewhere_too = client.get(path, headers=EVENT_STREAM)
+
+    assert (sent_away.status_code, sent_away.json and sent_away.json["code"]) == (503, "draining")
+    assert (nameless.status_code, elsewhere_too.status_code) == (401, 200)
+    assert elsewhere_too.text.endswith("data: [DONE]\n\n")
 
 
 def test_while_old_workers_drain_new_connections_go_to_the_new_ones(

@@ -73,6 +73,7 @@ CODES: dict[Code, Refusal] = {
     "internal": Refusal(500, (), "our fault: it is in the log, under the `requestId`"),
     "store_unavailable": Refusal(503, _STORED, "Redis cannot be asked now"),
     "overloaded": Refusal(503, ("initStream", "watchStream"), "this server has as much to do as it can carry"),
+    "draining": Refusal(503, ("watchStream",), "to a balancer that has said by `X-Retry-Elsewhere` that it asks another worker"),
 }
 
 

@@ -10,7 +10,7 @@ from flask import Blueprint, Response, g, request
 from aistream import telemetry
 from aistream.api import Ok, bearer, json_response, normal_id, parts, tell
 from aistream.callback import one_of
-from aistream.errors import NotFound, Refused, StoreUnavailable
+from aistream.errors import Draining, NotFound, Refused, StoreUnavailable
 from aistream.events import Cursor
 from aistream.session import Missing, State
 from aistream.sse import Mode
@@ -37,6 +37,8 @@ class CancelAnswer(msgspec.Struct, frozen=True, kw_only=True, rename={"stream_id
 def watch(session_id: str) -> Response:
     """Everything after the cursor, then live. The first to come starts the generation; 204 for who has seen the ending."""
     session_id = _allowed(session_id)
+    if parts().background.draining and request.headers.get("X-Retry-Elsewhere"):
+        raise Draining  # to a balancer that has no health checks: it asks another replica, and no browser ever sees this
     cursor = Cursor.parse(request.headers.get("Last-Event-ID") or request.args.get("last_event_id"))
     mode: Mode = "json" if request.args.get("format") == "json" else "text"
     viewer = Viewer(parts().viewing, session_id, cursor, mode, g.request_id)
