@@ -38,11 +38,11 @@ def programs() -> tuple[str, str] | None:
 
 
 @contextlib.contextmanager
-def chromium(browser: str, driver: str, folder: Path) -> Iterator[Chrome]:
+def chromium(browser: str, driver: str, folder: Path, *flags: str) -> Iterator[Chrome]:
     """A headless Chromium with a fresh profile in `folder`. Given both programs, Selenium has nothing to look for."""
     options = ChromeOptions()
     options.binary_location = browser
-    for flag in (*FLAGS, f"--user-data-dir={folder / 'profile'}"):
+    for flag in (*FLAGS, *flags, f"--user-data-dir={folder / 'profile'}"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     service = ChromeService(executable_path=driver, log_output=str(folder / "chromedriver.log"))

@@ -69,6 +69,11 @@ class Service:
         return self._process.pid
 
     @property
+    def ended(self) -> bool:
+        """Whether its master is gone."""
+        return self._process is None or self._process.poll() is not None
+
+    @property
     def log(self) -> str:
         """Everything it has printed."""
         return self._log.read_text(errors="replace")
