@@ -53,6 +53,7 @@ from tests.neighbours.wires import AnthropicWire, OpenAIWire, Whole, Wire, model
 
 SHRED_PAUSE = 0.0003  # long enough that the reader sees two reads, short enough for texts of some hundred characters
 HOLD_POLL = 0.005
+HOLD_POLL_MOST = 0.1
 CA_FILE = "ca.pem"
 APIS = {"/v1/chat/completions": "openai", "/v1/messages": "anthropic"}
 
@@ -285,8 +286,10 @@ class Stage:
                 self._connection.pause(SHRED_PAUSE)
 
     def _hold(self) -> None:
+        began = time.monotonic()
         while not self._gate.is_set():
-            self._connection.pause(HOLD_POLL)
+            # Hundreds may hold for long: each looks again after a twentieth of the time for which it has held.
+            self._connection.pause(min(max(HOLD_POLL, (time.monotonic() - began) / 20), HOLD_POLL_MOST))
 
     def _break(self, step: Cut | HangUp) -> None:
         if isinstance(step, HangUp):
