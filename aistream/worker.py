@@ -89,12 +89,13 @@ class Listener(StreamServer):
     def close_behind_the_last(self) -> None:
         """Accepts whatever still waits, then refuses connections: one that only the kernel had taken would be cut by the exit."""
         until = time.monotonic() + LAST_WISH
-        while True:
-            super().start_accepting()
-            gevent.sleep(MOMENT)
-            self.stop_accepting()
-            if not self._one_waits() or time.monotonic() > until:
-                break
+        self.stop_accepting()
+        while self._one_waits() and time.monotonic() < until:
+            gevent.sleep(COURTESY)
+            if self._one_waits():
+                super().start_accepting()
+                gevent.sleep(MOMENT)
+                self.stop_accepting()
         self.close()
 
     def _one_waits(self) -> bool:
