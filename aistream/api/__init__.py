@@ -32,6 +32,8 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
 _TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 #: Endpoints that are asked every few seconds for as long as the service lives: their lines are at debug.
 _INCESSANT = {"health.alive", "health.ready", "operator.metrics"}
+#: For pages is whatever an allowed one may be shown: all but what takes n8n's token or an operator's, which no page should hold.
+_FOR_PAGES = r"/(?!(?:init-stream|sessions|callbacks|models|metrics)(?:/|\Z))"
 
 #: What becomes of werkzeug's own errors.
 _KNOWN: dict[int, tuple[Code, str]] = {
@@ -141,9 +143,11 @@ def init_app(app: Flask, config: Config) -> None:
     """Gives an app what all its routes share."""
     app.config["MAX_CONTENT_LENGTH"] = config.max_body_bytes
     app.url_map.strict_slashes = False
+    app.after_request(_finish_headers)  # the last to look at an answer, since it was the first to be registered
     origins = [*map(re.escape, config.allowed_origins), *([LOOPBACK_ORIGIN] if config.dev_mode else [])]
     CORS(
         app,
+        resources=_FOR_PAGES,
         # Compiled, since flask-cors takes a string with brackets (an IPv6 address) for a regular expression.
         origins=[re.compile(rf"{one}\Z", re.IGNORECASE) for one in origins],
         always_send=False,  # who sends no Origin is no page: it is not told the list
@@ -154,7 +158,6 @@ def init_app(app: Flask, config: Config) -> None:
     )
     app.before_request(_begin)
     app.teardown_request(_end)
-    app.after_request(_finish_headers)
     app.after_request(_write_line)  # runs first: of these the last one does
     app.register_error_handler(Problem, problem)
     app.register_error_handler(HTTPException, _http_error)
@@ -184,6 +187,9 @@ def _finish_headers(response: Response) -> Response:
     response.headers["X-Request-ID"] = g.get("request_id", "")
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["Referrer-Policy"] = "no-referrer"
+    # No other page may embed what it may not read.
+    shared = "Access-Control-Allow-Origin" in response.headers
+    response.headers["Cross-Origin-Resource-Policy"] = "cross-origin" if shared else "same-origin"
     return response
 
 
