@@ -346,10 +346,12 @@ class Rig:
             server.kill()
 
     @contextlib.contextmanager
-    def service(self, root: Path = ROOT, *, workers: int = 1, redis: RedisServer | None = None) -> Iterator[Server]:
-        """aistream, of this tree or another."""
+    def service(
+        self, root: Path = ROOT, *, workers: int = 1, redis: RedisServer | None = None, more: Mapping[str, str] | None = None
+    ) -> Iterator[Server]:
+        """aistream, of this tree or another. `more`: variables beside those of every load."""
         environ = {"WEB_CONCURRENCY": str(workers), "DEV_MODE": "true", "LOG_FORMAT": "json", "DRAIN_SECONDS": "1"}
-        environ |= {"RESUME_URL_ALLOWED_ORIGINS": self.provider_url}
+        environ |= {"RESUME_URL_ALLOWED_ORIGINS": self.provider_url, **(more or {})}
         with self._server(["wsgi:app"], root, environ, redis, self.two_cores if workers > 1 else self.service_cores) as server:
             yield server
 
