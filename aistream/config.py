@@ -265,6 +265,11 @@ class Config:
         "30",
         "A viewer that has not taken what was sent to it for this long is dropped; it can come back, and goes on where it was.",
     )
+    request_seconds: float = _setting(
+        parse.seconds(1, 300),
+        "15",
+        "Longest that a client may take to send a request's head, and again its body, however little by little.",
+    )
     first_token_seconds: float = _setting(
         parse.seconds(0.1, 3_600),
         "60",

@@ -16,7 +16,7 @@ ORDER = """
     __main__
     cli
     app  worker
-    garbage
+    garbage  patience  turns
     api.demo  api.openapi
     api.contract
     api.init  api.stream  api.health  api.operator

@@ -224,7 +224,5 @@ def _http_error(error: HTTPException) -> Response:
 
 
 def _unexpected(error: Exception) -> Response:
-    if type(error).__module__ == "gunicorn.http.errors":  # met by whoever reads a body whose chunks are none
-        return problem(Problem("The body cannot be read.", status=400, code="malformed_http", title="The request is not HTTP"))
     lines.error("request.broke", route=request.url_rule and request.url_rule.rule, request_id=g.get("request_id"), error=error)
     return problem(Problem("The error was logged under the request's id."))
