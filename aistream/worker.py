@@ -180,7 +180,7 @@ class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
                 getattr(_lines(), level)(short.event, **short.facts)
         self.patience = Patience(config.request_seconds, self.cfg.keepalive)
         for sock in self.sockets:
-            watch_for_the_dead(sock, config.slow_viewer_seconds)
+            watch_for_the_dead(sock, 2 * config.slow_viewer_seconds)  # `viewing` judges first who is slow
         gevent.spawn(self._look)
         super().run()
 
