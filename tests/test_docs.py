@@ -61,6 +61,15 @@ def test_what_is_kept_names_settings_and_keys_that_there_are() -> None:
     assert keys_named == {*re.findall(r"aistream:\{0\}:([a-z]+)", map_of_keys), "demo"}
 
 
+def test_every_rule_of_the_security_checklist_has_its_tests_or_its_reason() -> None:
+    section = (ROOT / "docs" / "security.md").read_text().partition("\n## The checklist\n")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ") and not line.startswith("| rule |")]
+    shown = {cells[0]: cells[2] for line in lines if (cells := [cell.strip() for cell in line.strip("|").split("|")])}
+
+    assert len(shown) == len(lines) > 50
+    assert [rule for rule, by in shown.items() if not re.match(r"(`test_\w+`|Refused: \w|Reason: \w)", by) or "TODO" in by] == []
+
+
 def test_the_table_names_kinds_of_chaos_that_there_are() -> None:
     named = {kind for row in rows(SURVIVAL, "The table") for kind in re.findall(r"`([a-z-]+)`", row[2])}
 
