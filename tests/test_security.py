@@ -1,6 +1,7 @@
 """Rows of the checklist in docs/security.md that no other test shows."""
 
 import re
+import tomllib
 import uuid
 
 import httpx
@@ -78,3 +79,17 @@ def test_a_uuid_has_one_form_in_a_key_however_it_is_written(written: str) -> Non
     one = uuid.uuid4()
 
     assert normal_id(written.format(one)) == normal_id(written.format(one.hex.upper())) == str(one)
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
+def test_the_lock_files_pin_every_requirement_with_its_hash(name: str) -> None:
+    text = re.sub(r" *#.*", "", (ROOT / name).read_text()).replace("\\\n", "")
+    requirements = [line for line in text.splitlines() if line.strip()]
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+    unpinned = [
+        line for line in requirements if not re.match(r"[\w.-]+(\[[\w,-]+\])?==\S+( ;[^-]+)? +--hash=sha256:[0-9a-f]{64}", line)
+    ]
+    direct = {re.split(r"[\[=]", one)[0].lower() for one in declared["project"]["dependencies"]}
+
+    assert unpinned == [] and direct - {line.split("==")[0].split("[")[0] for line in requirements} == set()

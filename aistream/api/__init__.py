@@ -152,7 +152,7 @@ def init_app(app: Flask, config: Config) -> None:
         origins=[re.compile(rf"{one}\Z", re.IGNORECASE) for one in origins],
         always_send=False,  # who sends no Origin is no page: it is not told the list
         allow_headers=["Authorization", "Cache-Control", "Content-Type", "Last-Event-ID"],
-        expose_headers=["RateLimit", "RateLimit-Policy", "Retry-After", "X-Request-ID"],
+        expose_headers=["Retry-After", "X-Request-ID"],
         methods=["GET", "POST"],
         max_age=600,
     )
