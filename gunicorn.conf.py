@@ -12,7 +12,14 @@ try:
 except ConfigError as error:
     sys.exit(str(error))
 
-bind = f"[{service.host}]:{service.port}" if ":" in service.host else f"{service.host}:{service.port}"
+
+def address(host, port):
+    """As gunicorn wants it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+metrics_address = address(service.metrics_host or service.host, service.metrics_port)
+bind = [address(service.host, service.port), *([metrics_address] if service.metrics_port else [])]
 workers = service.web_concurrency
 worker_class = "aistream.worker.Worker"
 # Fewer where the limit of file descriptors carries fewer.
@@ -52,8 +59,9 @@ def on_exit(server):
 def when_ready(server):
     """Says where it is and what it runs on."""
     store = "embedded store (forgotten at exit; set REDIS_URL to keep sessions)" if service.embedded_store else "Redis"
-    address = service.base_url if service.dev_mode else f"{service.host}:{service.port}, for browsers {service.base_url}"
-    ready = f"aistream is ready: {address}{'/' if service.dev_mode else ''}   [{store}]"
+    where = service.base_url if service.dev_mode else f"{service.host}:{service.port}, for browsers {service.base_url}"
+    metrics = f", metrics on {metrics_address}" if service.metrics_port else ""
+    ready = f"aistream is ready: {where}{'/' if service.dev_mode else ''}{metrics}   [{store}]"
     if server_lines.Logger.as_text:
         print(ready, file=sys.stderr, flush=True)
     else:
@@ -63,6 +71,11 @@ def when_ready(server):
 def post_worker_init(worker):
     """Starts the worker's loops, after fork and patch."""
     worker.begin()
+
+
+def child_exit(server, worker):
+    """In the master: a dead worker's gauges are gone, its counts stay."""
+    shared_metrics.bury(worker.pid)
 
 
 def worker_exit(server, worker):

@@ -15,6 +15,7 @@ from aistream.destination import Destinations
 from aistream.estimate import Estimator
 from aistream.follower import Follower
 from aistream.generation import Generations
+from aistream.meter import Meter
 from aistream.outbound import Outbound
 from aistream.providers import Providers
 from aistream.pulse import Pulse
@@ -39,7 +40,8 @@ def create_app(config: Config, *, store: Store | None = None) -> Flask:
     generations = Generations(config, store, providers, writer, recall, pulse, estimator, on_ended=delivery.wake)
     follower = Follower(store, config)
     viewing = Viewing(config, generations, follower)
-    background = Background(config, store, providers, writer, follower, recall, pulse, generations, viewing, delivery)
+    meter = Meter(config, store, providers, writer, follower, generations, viewing, delivery)
+    background = Background(config, store, providers, writer, follower, recall, pulse, generations, viewing, delivery, meter)
 
     app = Flask("aistream", static_folder=None)
     app.extensions["aistream"] = Parts(

@@ -13,7 +13,7 @@ from random import random
 import gevent
 from gevent.hub import get_hub
 
-from aistream import telemetry
+from aistream import metrics
 from aistream.config import Config
 from aistream.errors import ProviderFailed
 from aistream.events import End, Reasoning, Text, Usage
@@ -77,6 +77,8 @@ class Asking:
         self._began = time.monotonic()
         #: The first token is there.
         self.begun = False
+        #: Seconds of the longest silence since then, as far as `check` has met it.
+        self.longest_gap = 0.0
         # When the provider must have said something (`time.monotonic()`), while it is listened to.
         self._first_token_by = self._thought_by = 0.0
         self._silence = 0.0
@@ -100,7 +102,7 @@ class Asking:
             if failed:
                 if self._left(budget) <= 0:
                     break
-                telemetry.provider_fell_back(self.route.provider)
+                metrics.provider_fell_back(self.route.provider)
                 lines.info("provider.fallback", session=self._session_id, provider=route.provider, model=route.model)
             try:
                 return self._ask(route, budget, say)
@@ -115,6 +117,8 @@ class Asking:
 
     def check(self, now: float) -> None:
         """Ends a silence that has lasted too long. Called from time to time, from another greenlet."""
+        if self._listening and self.begun:
+            self.longest_gap = max(self.longest_gap, now - self.call.heard_at)
         if self._listening and now > self._deadline():
             # In the hub: what was about to be heard in this moment is heard first.
             get_hub().loop.run_callback(self._break_silence)
@@ -160,7 +164,7 @@ class Asking:
             if waits:
                 waited = time.monotonic() - asked
                 self.queued += waited
-                telemetry.provider_queued(route.provider, waited)
+                metrics.provider_queued(route.provider, waited)
         try:
             return self._attempts(route, budget, say)
         finally:
@@ -186,7 +190,7 @@ class Asking:
                 if wait is None:
                     raise
                 retries += 1
-                telemetry.provider_retried(route.provider)
+                metrics.provider_retried(route.provider)
                 gevent.sleep(wait)
 
     def _attempt(self, route: Route, budget: float, say: Say) -> End:
@@ -201,7 +205,7 @@ class Asking:
             self._listening = False
             if not self.begun and not isinstance(event, Usage):
                 self.begun = True
-                telemetry.provider_began(route.provider, time.monotonic() - began)
+                metrics.provider_began(route.provider, route.model, time.monotonic() - began)
             say(event)
             # What happened to the event may have taken long; the provider is not to blame.
             call.heard_at = time.monotonic()
@@ -221,7 +225,7 @@ class Asking:
             raise
         finally:
             self._listening = False
-            telemetry.provider_asked(route.provider, outcome)
+            metrics.provider_asked(route.provider, route.model, outcome, time.monotonic() - began)
 
     def _deadline(self) -> float:
         if self.begun:

@@ -13,12 +13,14 @@ from functools import partial
 import gevent
 from gevent.event import Event as Signal
 
+from aistream import metrics
 from aistream.asking import watch_period
 from aistream.config import Config
 from aistream.delivery import Delivery
 from aistream.errors import StoreUnavailable
 from aistream.follower import Follower
 from aistream.generation import SHUTTING_DOWN, WATCH, Generations
+from aistream.meter import Meter
 from aistream.providers import Providers
 from aistream.pulse import Pulse
 from aistream.recall import Recall
@@ -51,7 +53,10 @@ class Background:
         generations: Generations,
         viewing: Viewing,
         delivery: Delivery,
+        meter: Meter,
     ) -> None:
+        #: What the worker is measured by.
+        self.meter = meter
         self.draining = False
         #: Requests that are being answered now; a stream counts as a viewer instead.
         self.requests = 0
@@ -69,6 +74,7 @@ class Background:
         self._runs: list[Callable[[], None]] = [
             writer.run,
             follower.run,
+            meter.run,
             self._heartbeats,
             self._ticks,
             self._check_store,
@@ -116,6 +122,7 @@ class Background:
             return
         self.draining = True
         began = time.monotonic()
+        metrics.drain_began(time.time())
         # What begins late is likely to be cut: in the second half nothing does, and once all is done nothing does either.
         self._wait_until_idle(began + self._config.drain_seconds / 2)
         self._generations.close()
@@ -137,6 +144,8 @@ class Background:
             self._wait_until_idle(time.monotonic() + 1.0)  # what came of them is recorded
         gevent.sleep(LAST_BYTES)
         duration_ms = round((time.monotonic() - began) * 1000)
+        metrics.drain_ended(len(cut), given_up)
+        self.meter.note()  # what was counted since it last did
         lines.info("worker.drained", cut=len(cut), callbacks_given_up=given_up, duration_ms=duration_ms)
         self.stop()
         self._providers.close()
@@ -191,6 +200,7 @@ class Background:
         """One line for an outage, however many loops meet it and however long it lasts."""
         if self._away_since is None:
             self._away_since = time.monotonic()
+            metrics.store_away()
             # Such as a refused connection, a wrong password, a certificate with another name: it has nothing of a session in it.
             lines.warning("store.away", reason=str(error.__cause__ or error))
 
@@ -199,7 +209,9 @@ class Background:
         look = self._store.due(places)
         self._delivery.looked(look.more)
         if self._away_since is not None:
-            lines.warning("store.back", away_ms=round((time.monotonic() - self._away_since) * 1000))
+            away = time.monotonic() - self._away_since
+            metrics.store_back(away)
+            lines.warning("store.back", away_ms=round(away * 1000))
             self._away_since = None
         if look.lost:
             # What is owed first: nobody may act on what the store says before it has been told what it lost.

@@ -358,6 +358,14 @@ class Config:
         "Opens GET /metrics to whoever has it (Authorization: Bearer). Empty: there is no such page, except in DEV_MODE.",
         secret=True,
     )
+    metrics_port: int = _setting(
+        parse.optional(parse.whole(1, 65_535)),
+        "",
+        "A second port, on which gunicorn serves GET /metrics without a token, /health and /health/ready, and nothing else. It "
+        "has connections of its own: a worker that is full still answers there. For Prometheus and the balancer: no network "
+        "outside may reach it. Empty: none.",
+    )
+    metrics_host: str = _setting(parse.text, "", "Address for METRICS_PORT. Empty: HOST.")
     log_level: str = _setting(parse.choice("debug", "info", "warning", "error"), "info", "debug, info, warning or error.")
     log_format: str = _setting(
         parse.choice("auto", "json", "console"), "auto", "json, console, or auto: JSON unless standard output is a terminal."
@@ -452,7 +460,11 @@ class Config:
                     f"is {self.web_concurrency}: expected 1, or REDIS_URL: workers cannot share the embedded store",
                 )
             )
+        if self.metrics_port == self.port:
+            found.append(("METRICS_PORT", f"is {self.metrics_port}: expected another than PORT"))
         if self.dev_mode:
+            if self.metrics_host not in {"", *parse.LOOPBACK_HOSTS}:
+                found.append(("METRICS_HOST", f"is {self.metrics_host!r}: expected 127.0.0.1 in DEV_MODE"))
             if self.host not in parse.LOOPBACK_HOSTS:
                 found.append(
                     (

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import logging
 import ssl
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import hiredis
 import redis
@@ -26,7 +27,9 @@ from redis.retry import Retry
 
 from aistream import tls
 from aistream.config import Config
+from aistream.metrics import REDIS
 from aistream.sockets import PEEK, RECEIVE, receive, send
+from aistream.tally import Tally
 
 #: Seconds to wait for a turn.
 PATIENCE = 5.0
@@ -36,6 +39,10 @@ CONNECT, ANSWER = 2.0, 5.0
 SENTINEL = 1.0
 
 Command = Sequence[str | bytes | int | float]
+#: What a round trip is for: entries of the log writer, the follower's or a viewer's look at logs, a script, anything else.
+Kind = Literal["append", "read", "script", "command"]
+KINDS: tuple[Kind, ...] = ("append", "read", "script", "command")
+_KINDS: dict[object, Kind] = {"XREAD": "read", "EVALSHA": "script", "EVAL": "script"}
 
 #: Said by a Redis that is a replica now: behind the same address another one may be the master, for a new connection.
 _MOVED = (redis.ReadOnlyError, redis.exceptions.MasterDownError)
@@ -52,6 +59,8 @@ class Connections:
         """`make` gives a new connection; it connects when it is first used. More greenlets than `size` take turns."""
         #: Counts connections that broke: what was said just before may be lost, and another Redis may answer now.
         self.lost = 0
+        #: How long round trips took, with the wait for a connection; those that failed are left out.
+        self.seconds = {kind: Tally(REDIS) for kind in KINDS}
         self._make = make
         self._idle: list[Any] = []
         self._turns = BoundedSemaphore(size)
@@ -66,16 +75,19 @@ class Connections:
     def many(self, commands: Sequence[Command]) -> list[Any]:
         """The replies to several commands sent at once; one that Redis refused has its ResponseError as its reply."""
         packed = [hiredis.pack_command((*command,)) for command in commands]  # type: ignore[arg-type]  # a tuple of any length
-        return self.exchange(b"".join(packed), len(packed))
+        return self.exchange(b"".join(packed), len(packed), _KINDS.get(commands[0][0], "command") if commands else "command")
 
-    def exchange(self, packed: bytes, count: int) -> list[Any]:
+    def exchange(self, packed: bytes, count: int, kind: Kind) -> list[Any]:
         """As `many`, for `count` commands that stand in `packed` as RESP has them."""
+        began = time.monotonic()
         if not self._turns.acquire(timeout=PATIENCE):
             raise redis.TimeoutError("all connections are in use")
         try:
             connection = self._idle.pop() if self._idle else self._make()
             try:
-                return self._exchange(connection, packed, count)
+                replies = self._exchange(connection, packed, count)
+                self.seconds[kind].add(time.monotonic() - began)
+                return replies
             except BaseException as error:
                 # Also of a greenlet that is killed here: a reply that is still to come must not reach the next command.
                 self._drop(connection, broken=isinstance(error, redis.RedisError))

@@ -21,13 +21,13 @@ from aistream.callback import Dead, Delivered, Meaning, Retry, headers, meaning,
 from aistream.config import Config
 from aistream.destination import Destinations
 from aistream.errors import DestinationRefused, StoreUnavailable
+from aistream.metrics import callback_attempted
 from aistream.outbound import Outbound, SendFailed
 from aistream.outbox import Outbox, Taken, Word
 from aistream.parse import origin_of
 from aistream.recall import Recall
 from aistream.session import Attempt
 from aistream.store import AWAY, Places
-from aistream.telemetry import callback_attempted
 from aistream.telemetry import log as lines
 
 #: Attempts at the same time per worker, to all origins. One that finds no place is taken at a later look at what is due.

@@ -17,7 +17,9 @@ from aistream.config import Config
 from aistream.errors import StoreUnavailable
 from aistream.events import Cursor, Event, Reasoning, Text
 from aistream.log import Log
+from aistream.metrics import LAG
 from aistream.store import AWAY, Store
+from aistream.tally import Tally
 from aistream.telemetry import log as lines
 
 #: Seconds between two reads.
@@ -46,6 +48,11 @@ class Follower:
         self._silence = config.lease_seconds
         self._followed: dict[str, _Followed] = {}
         self._signal = Signal()
+        #: How long two reads lay apart, while there was anything to read.
+        self.lag = Tally(LAG)
+
+    def __len__(self) -> int:
+        return len(self._followed)
 
     @contextmanager
     def follow(self, session_id: str) -> Iterator[Log]:
@@ -67,17 +74,23 @@ class Follower:
 
     def run(self) -> None:
         """The loop; never returns."""
+        read_at: float | None = None
         while True:
             self._signal.wait()
             live = {session_id: one for session_id, one in self._followed.items() if one.open}
             if not live:
                 self._signal.clear()
+                read_at = None
                 continue
             pause = PERIOD
             try:
                 found = self._store.read({session_id: one.log.last for session_id, one in live.items()})
                 for session_id, entries in found.items():
                     self._take(live[session_id], entries)
+                now = time.monotonic()
+                if read_at is not None:
+                    self.lag.add(now - read_at)
+                read_at = now
                 self._end_the_lost(live)
             except StoreUnavailable:
                 pause = AWAY

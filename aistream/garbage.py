@@ -31,9 +31,13 @@ def settle() -> None:
 
 def run() -> None:
     """The loop that looks through everything from time to time; never returns."""
+    # Not at the top: the master imports this module before it has made the folder that prometheus_client looks for.
+    from aistream.metrics import garbage_collected
+
     lasted = 0.0
     while True:
         gevent.sleep(max(REST, lasted / SHARE))
         began = time.monotonic()
         gc.collect()
         lasted = time.monotonic() - began
+        garbage_collected(lasted)

@@ -18,7 +18,7 @@ import msgspec
 from gevent.event import AsyncResult
 from gevent.lock import BoundedSemaphore
 
-from aistream import telemetry
+from aistream import metrics
 from aistream.asking import Asking
 from aistream.config import Config
 from aistream.errors import Overloaded, ProviderFailed, StoreUnavailable
@@ -136,6 +136,7 @@ class Generation:
     def finish(self, ending: Ending) -> None:
         """Ends the log and the session. Nothing is shown as ended before the store has it."""
         self.ending = ending
+        answered_at = time.monotonic()
         for kind, cutter in self._cutters.items():
             for piece in cutter.end():
                 self._append(kind(piece))
@@ -163,6 +164,16 @@ class Generation:
         self.told = Told(self.claimed.accepted, self.claimed, self.log, ending, outcome)
         duration_ms = round((time.monotonic() - self._started) * 1000)
         _report(self.session_id, self.epoch, self.request, outcome, finished.ending_id.seq, duration_ms)
+        if self.claimed.may_run:
+            metrics.generation_ended(
+                asking.route.provider,
+                asking.route.model,
+                "" if state_of(ending) is State.COMPLETED else _reason(ending),
+                usage,
+                answered_at - self._started,
+                None if self._first_token is None else self._first_token - self._started,
+                asking.longest_gap,
+            )
 
     def _run(self) -> None:
         try:
@@ -349,6 +360,7 @@ class Generations:
         if accepted is None or accepted.id != session_id:
             return accepted
         self._recall.accepted(accepted)
+        metrics.session_accepted()
         if request.immediate:
             with suppress(StoreUnavailable, Overloaded):  # it is accepted: its first viewer starts it, or its deadline
                 self.claim(session_id)
@@ -409,6 +421,7 @@ class Generations:
         found = self._ask(session_id, "recover")
         if isinstance(found, Generation):
             claimed = found.claimed
+            metrics.session_recovered()
             lines.warning("session.recovered", session=session_id, epoch=claimed.epoch, rerun=claimed.may_run)
 
     def confirm(self) -> None:
@@ -549,8 +562,8 @@ class Generations:
 def _report(session_id: str, epoch: int, request: Request, outcome: Outcome, events: int, duration_ms: int) -> None:
     ending = outcome.ending
     provider = outcome.provider or request.provider
-    reason = ending.code if isinstance(ending, Failed) else ending.finish_reason
-    telemetry.session_ended(state_of(ending).value, reason, provider, outcome.usage)
+    reason = _reason(ending)
+    metrics.session_ended(state_of(ending).value, reason, provider, outcome.usage)
     lines.info(
         "session.ended",
         session=session_id,
@@ -568,6 +581,10 @@ def _report(session_id: str, epoch: int, request: Request, outcome: Outcome, eve
         queued_ms=outcome.queued_ms,
         duration_ms=duration_ms,
     )
+
+
+def _reason(ending: Ending) -> str:
+    return ending.code if isinstance(ending, Failed) else ending.finish_reason
 
 
 def _written(log: Log) -> list[str]:

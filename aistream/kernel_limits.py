@@ -21,10 +21,11 @@ from urllib.parse import urlsplit
 
 from aistream.config import Config
 
-#: gunicorn's worker_connections unless it is given others. It bounds everything on a worker, health checks included, so it
-#: stands well above the streams that a worker can carry.
+#: gunicorn's worker_connections unless it is given others. It bounds everything on the public port of a worker, health
+#: checks included, so it stands well above the streams that a worker can carry.
 CONNECTIONS = 20_000
-#: Descriptors beside the streams and the connections to Redis: 200 callbacks, 50 for the process itself (it starts with 11).
+#: Descriptors beside the streams and the connections to Redis: 200 callbacks, 50 for the process itself (it starts with about 15,
+#: and METRICS_PORT may have 20).
 OWN = 250
 #: All of those with the default REDIS_POOL_SIZE.
 RESERVE = OWN + 50

@@ -14,6 +14,7 @@ from aistream.config import Config
 from aistream.events import Start
 from aistream.scripts import (
     DEAD,
+    DEADLINES,
     ORIGINS,
     OWED,
     Scripts,
@@ -182,13 +183,13 @@ class Outbox:
         return Page(found, (since, last_id))
 
     def counts(self) -> Counts:
-        """How many callbacks are owed and dead, of all subjects."""
+        """How many callbacks are owed and dead, and how many sessions open, of all subjects."""
         self._forget_old_letters()
-        owed, oldest, clock, dead = self._scripts.many(
-            [("ZCARD", OWED), ("ZRANGE", OWED, 0, 0, "WITHSCORES"), ("TIME",), ("ZCARD", DEAD)]
+        owed, oldest, clock, dead, standing = self._scripts.many(
+            [("ZCARD", OWED), ("ZRANGE", OWED, 0, 0, "WITHSCORES"), ("TIME",), ("ZCARD", DEAD), ("ZCARD", DEADLINES)]
         )
         now = int(clock[0]) * 1000 + int(clock[1]) // 1000
-        return Counts(owed, max(0.0, (now - float(oldest[1])) / 1000) if oldest else 0.0, dead)
+        return Counts(owed, max(0.0, (now - float(oldest[1])) / 1000) if oldest else 0.0, dead, standing)
 
     def _forget_old_letters(self) -> None:
         clock = self._scripts.call("TIME")

@@ -58,6 +58,11 @@ def whole(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
+def optional(parse: Callable[[str], int]) -> Callable[[str], int]:
+    """The same, or 0 for nothing."""
+    return lambda value: parse(value) if value else 0
+
+
 def seconds(low: float, high: float) -> Callable[[str], float]:
     """A number of seconds in these bounds."""
 

@@ -117,7 +117,7 @@ class Client(Socket):
 
     def __init__(self, patience: Patience, sock: Any, descriptor: int) -> None:
         super().__init__(sock.family, sock.type, sock.proto, fileno=descriptor)
-        self._patience = patience
+        self.patience = patience
         #: None while a request is being answered, until somebody asks for its body.
         self._awaited: Waits | None = None
         self._head_bytes = 0
@@ -133,7 +133,7 @@ class Client(Socket):
         """The request is over. The next one may follow."""
         self._forget()
         self._head_bytes = 0
-        self._await(self._patience.idle)
+        self._await(self.patience.idle)
 
     def send_away(self) -> None:
         """It has no more to say. What it is being answered still goes to it."""
@@ -156,7 +156,7 @@ class Client(Socket):
 
     def recv(self, *args: Any) -> bytes:
         """As gevent's. Raises TooLate, HeadTooLarge, and of OSErrors those alone that gunicorn takes for a client that left."""
-        patience = self._patience
+        patience = self.patience
         if self._awaited is None:
             self._await(patience.bodies)
         try:

@@ -32,6 +32,7 @@ from typing import Any
 
 import redis
 
+from aistream import metrics
 from aistream.connections import Command, Connections
 from aistream.errors import StoreUnavailable
 from aistream.session import Quota
@@ -153,6 +154,13 @@ def means_away(error: redis.RedisError) -> bool:
     return isinstance(error, _AWAY_ERRORS) or str(error).startswith(_AWAY_WORDS)
 
 
+def away(error: redis.RedisError) -> StoreUnavailable:
+    """What is raised in place of an error that means so. Counts it."""
+    reason = "timeout" if isinstance(error, redis.TimeoutError) else "connection"
+    metrics.store_failed("refused" if isinstance(error, redis.ResponseError) else reason)
+    return StoreUnavailable()
+
+
 @contextmanager
 def translated() -> Iterator[None]:
     """Makes StoreUnavailable of whatever means away."""
@@ -160,5 +168,5 @@ def translated() -> Iterator[None]:
         yield
     except redis.RedisError as error:
         if means_away(error):
-            raise StoreUnavailable from error
+            raise away(error) from error
         raise

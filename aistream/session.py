@@ -228,11 +228,12 @@ class Record(msgspec.Struct, frozen=True):
 
 
 class Counts(msgspec.Struct, frozen=True):
-    """Callbacks that are owed, seconds since the oldest of them is, and dead letters."""
+    """Callbacks that are owed, seconds since the oldest of them is, and dead letters; sessions that are pending or running."""
 
     owed: int
     oldest_owed: float
     dead: int
+    open: int
 
 
 class Claimed(msgspec.Struct, frozen=True):

@@ -12,7 +12,7 @@ import redis
 
 from aistream.config import Config
 from aistream.connections import Connections, connect
-from aistream.errors import Limited, StoreUnavailable
+from aistream.errors import Limited
 from aistream.events import Cursor, Ending, Event, from_entry, to_entry
 from aistream.outbox import Outbox
 from aistream.parse import origin_of
@@ -25,6 +25,7 @@ from aistream.scripts import (
     PREFIX,
     TICK,
     Scripts,
+    away,
     content_key,
     keys_of,
     log_key,
@@ -289,14 +290,14 @@ class Store:
         """
         packed = b"".join([_packed_entry(*one) for one in batch])
         with translated():
-            replies = self.connections.exchange(packed, len(batch))
+            replies = self.connections.exchange(packed, len(batch), "append")
         results: list[AppendRefused | None] = []
         for reply in replies:
             if type(reply) is bytes:
                 results.append(None)
             elif isinstance(reply, redis.RedisError):
                 if means_away(reply):
-                    raise StoreUnavailable from reply
+                    raise away(reply) from reply
                 results.append(AppendRefused(str(reply)))
             else:
                 results.append(AppendRefused("the log is gone"))

@@ -17,7 +17,7 @@ from typing import Any
 import gevent
 from gevent.hub import Waiter, get_hub
 
-from aistream import telemetry
+from aistream import metrics
 from aistream.config import Config
 from aistream.errors import NotFound, Overloaded, Refused, StoreUnavailable
 from aistream.events import Cursor, Failed
@@ -55,6 +55,9 @@ class Viewer:
         #: The client has left, or was too slow.
         self.gone = False
         self.slow = False
+        #: It got a stream; why that ended, where it was not the client that left.
+        self._joined = False
+        self._left = ""
         self.admitted = False
         self._viewing = viewing
         self._source: Log | Ended | None = None
@@ -90,6 +93,9 @@ class Viewer:
                 return False
             if isinstance(source, Ended) and not source.replayable:
                 raise _replay_over(source)
+            found = "memory" if isinstance(source, Log) else "replay" if isinstance(source, Ended) else "follower"
+            self._joined = True
+            metrics.viewer_joined(resumed=self.cursor is not None, source=found)
         except BaseException as error:
             self._viewing.release(self)
             if not isinstance(error, Refused) or not error.held:
@@ -110,6 +116,7 @@ class Viewer:
                 if not self._found and not (yield from self._hold()):
                     return
                 if (yield from self._watch_source()):
+                    self._left = self._left or ("" if self.gone else "complete")
                     return
                 # The log turned out to be void, or the store went away: the line stays open, and what comes next is looked for.
                 self._found = False
@@ -174,6 +181,8 @@ class Viewer:
         self._closed = True
         self._unwatch()
         self.hang_up()
+        if self._joined:
+            metrics.viewer_left("slow" if self.slow else self._left or "gone")
         lines.info(
             "viewer.left",
             session=self.session_id,
@@ -198,7 +207,7 @@ class Viewer:
             with self._viewing.follower.follow(self.session_id) as log:
                 if isinstance(self._source, Ended) and not len(log):
                     # The replay ended between the question and the answer.
-                    yield refusal_frame(_replay_over(self._source), self.cursor, self.mode)
+                    yield self._refuse(_replay_over(self._source))
                     return True
                 return (yield from self._watch(log))
         except StoreUnavailable:
@@ -227,7 +236,7 @@ class Viewer:
                 if frames:
                     yield frames
             elif log.lost:
-                yield refusal_frame(Refused("session_lost"), self.cursor, self.mode)
+                yield self._refuse(Refused("session_lost"))
                 return True
             elif self._due:
                 due, self._due = self._due, b""
@@ -252,7 +261,11 @@ class Viewer:
         self.spoke_at = time.monotonic()
         if isinstance(ending, Failed):
             return log.frames(self.mode, len(log) - 1)[0]
-        return refusal_frame(Refused("log_lost", str(log.last) if ending else None), self.cursor, self.mode)
+        return self._refuse(Refused("log_lost", str(log.last) if ending else None))
+
+    def _refuse(self, refused: Refused) -> bytes:
+        self._left = "refused"
+        return refusal_frame(refused, self.cursor, self.mode)
 
     def _wait(self, log: Log) -> None:
         waiter = self._waiter = Waiter()
@@ -315,11 +328,10 @@ class Viewer:
             except Refused as error:
                 refused = error
             if not refused.held or time.monotonic() >= until:
-                if refused.limit:
-                    telemetry.limited(refused.limit)
-                yield refusal_frame(refused, self.cursor, self.mode)
+                yield self._refuse(refused)
                 return False
             if self._viewing.leaving:
+                self._left = "drained"
                 return False  # as a broken line: the browser comes back by itself, and finds another worker
         return False
 
@@ -335,7 +347,10 @@ def _replay_over(ended: Ended) -> Refused:
 
 
 def refusal_frame(refused: Refused, cursor: Cursor | None, mode: Mode) -> bytes:
-    """The refusal as a browser can see it. Its id, where the code is final, brings 204 at the next try."""
+    """The refusal as a browser can see it, which counts as told. Its id, where the code is final, brings 204 at the next try."""
+    metrics.viewer_refused(refused.code)
+    if refused.limit:
+        metrics.limited(refused.limit)
     event_id = refused.event_id or (str(cursor) if cursor else None)
     return error_frame(Failed(refused.code, refused.detail, not refused.final), event_id, typed=mode == "json")
 

@@ -27,8 +27,10 @@ from gunicorn.http import errors  # type: ignore[import-untyped]
 from gunicorn.workers.ggevent import GeventWorker  # type: ignore[import-untyped]
 
 from aistream import garbage, kernel_limits
+from aistream.config import Config
 from aistream.errors import Code, Problem
 from aistream.patience import LOOK, MOST_SPARE, SPARE, Client, HeadTooLarge, Patience, watch_for_the_dead
+from aistream.telemetry import log as lines
 from aistream.turns import Turns
 
 #: Seconds between two looks of a worker that drains at whether a new connection waits.
@@ -47,6 +49,8 @@ REMINDER = 60.0
 CROWD, ACCEPTING = 100, 0.002
 #: Most bytes of a body that are read for nobody, so that a client which is still sending gets to see its refusal.
 LEFTOVER = 16 * 2**20
+#: Connections that METRICS_PORT takes on each worker, beside those of the public one: Prometheus, and a balancer's checks.
+METRICS_CONNECTIONS = 20
 
 
 class Listener(StreamServer):
@@ -58,7 +62,7 @@ class Listener(StreamServer):
 
     def __init__(self, sock: Any, *, handle: Any, spawn: Any, patience: Patience, alone: bool) -> None:
         super().__init__(sock, handle=handle, spawn=spawn)
-        self._patience = patience
+        self.patience = patience
         self._alone = alone
         self._spare = min(MOST_SPARE, int(SPARE * spawn.size))
         self._until = 0.0
@@ -75,7 +79,7 @@ class Listener(StreamServer):
     def make_room(self, most: int = MOST_SPARE) -> None:
         """Lets clients go that it only waits for, up to `most`, where places are short."""
         for _ in range(min(most, self._spare - self.pool.free_count())):
-            if not self._patience.make_room():
+            if not self.patience.make_room():
                 break
 
     def do_read(self) -> Any:
@@ -89,7 +93,7 @@ class Listener(StreamServer):
         try:
             descriptor, address = sock._accept()
             self.make_room(1)
-            return Client(self._patience, sock, descriptor), address
+            return Client(self.patience, sock, descriptor), address
         except BlockingIOError:
             return None
         except OSError as error:
@@ -100,7 +104,7 @@ class Listener(StreamServer):
         gevent.spawn_later(SCARCITY, self._try_again)
         if time.monotonic() - self._said_at >= REMINDER:
             self._said_at = time.monotonic()
-            _lines().warning("descriptors.exhausted")
+            lines.warning("descriptors.exhausted")
         return None
 
     def start_accepting(self) -> None:
@@ -147,10 +151,11 @@ class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._listeners: list[Listener] = []
+        #: The connections of clients, a pool for each address.
+        self._pools: list[Pool] = []
         self._draining = False
         #: Connections that were accepted since then and are still open: each asks once.
         self._late = 0
-        self.patience: Patience
         self._turns = Turns()
 
     @property
@@ -158,9 +163,18 @@ class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         """The loops of the app that this worker serves."""
         return self.wsgi.extensions["aistream"].background
 
+    @property
+    def _config(self) -> Config:
+        config: Config = self.wsgi.extensions["aistream"].config
+        return config
+
+    def _connections(self) -> tuple[int, int]:
+        return sum(map(len, self._pools)), self.worker_connections
+
     def begin(self) -> None:
         """Starts the loops, after fork and patch, before it serves."""
         self.background.start()
+        self.background.meter.connections = self._connections
         garbage.settle()
         gevent.spawn(garbage.run)
 
@@ -169,7 +183,7 @@ class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
 
         Called by gunicorn after the fork, when all is loaded.
         """
-        config = self.wsgi.extensions["aistream"].config
+        config = self._config
         asked = kernel_limits.demand(config, self.cfg.worker_connections)
         limit = kernel_limits.raise_descriptors(asked.wanted)
         self.worker_connections = asked.connections_within(limit)
@@ -177,8 +191,7 @@ class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         if self.age == 1:
             for short in kernel_limits.shortages(asked, limit, self.cfg.backlog, self.cfg.workers):
                 level = "debug" if config.dev_mode else "warning" if short.warns else "info"
-                getattr(_lines(), level)(short.event, **short.facts)
-        self.patience = Patience(config.request_seconds, self.cfg.keepalive)
+                getattr(lines, level)(short.event, **short.facts)
         for sock in self.sockets:
             watch_for_the_dead(sock, 2 * config.slow_viewer_seconds)  # `viewing` judges first who is slow
         gevent.spawn(self._look)
@@ -186,9 +199,14 @@ class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
 
     def server_class(self, sock: Any, *, spawn: Any, **_: Any) -> Listener:
         """gunicorn's hook for a server of one's own: its plain one, kept at hand."""
-        listener = Listener(
-            sock, handle=partial(self.handle, sock), spawn=spawn, patience=self.patience, alone=self.cfg.workers == 1
-        )
+        # gunicorn gives each listener a pool, and a full one leaves the other its own; neither sends the other's clients away.
+        if sock.getsockname()[1:2] == (self._config.metrics_port,):
+            spawn = Pool(METRICS_CONNECTIONS)
+        else:
+            self._pools.append(spawn)
+        patience = Patience(self._config.request_seconds, self.cfg.keepalive)
+        handle = partial(self.handle, sock)
+        listener = Listener(sock, handle=handle, spawn=spawn, patience=patience, alone=self.cfg.workers == 1)
         self._listeners.append(listener)
         return listener
 
@@ -223,21 +241,21 @@ class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         if not isinstance(exc, Exception):
             return  # this worker ends
         if refused is None:
-            _lines().error("request.broke", error=exc)
+            lines.error("request.broke", error=exc)
             refused = Problem("The error was logged.")
         else:
-            self.patience.sent_away[refused.code] += 1
+            client.patience.sent_away[refused.code] += 1
         with suppress(OSError):
             client._sock.send(_written(refused))
 
     def _look(self) -> None:
         while True:
             gevent.sleep(LOOK)
-            self.patience.look()
             for listener in self._listeners:
+                listener.patience.look()
                 listener.make_room()
-            if news := self.patience.news():
-                _lines().info("clients.sent_away", **news)
+                if news := listener.patience.news():
+                    lines.info("clients.sent_away", **news)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """SIGTERM: stays alive for gunicorn's master and for its connections, until it has drained."""
@@ -353,10 +371,3 @@ def _written(refused: Problem) -> bytes:
         *("Cache-Control: no-store", "X-Content-Type-Options: nosniff", "Referrer-Policy: no-referrer", "Connection: close"),
     ]
     return "\r\n".join([*head, "", ""]).encode() + text
-
-
-def _lines() -> Any:
-    # Only in a worker: the master imports this module before it has made the folder that prometheus_client looks for.
-    from aistream.telemetry import log
-
-    return log

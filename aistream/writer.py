@@ -7,6 +7,8 @@ written anew.
 
 from __future__ import annotations
 
+import time
+
 import gevent
 from gevent.event import Event as Signal
 from gevent.lock import BoundedSemaphore
@@ -14,9 +16,11 @@ from gevent.lock import BoundedSemaphore
 from aistream.errors import StoreUnavailable
 from aistream.events import Cursor, Event
 from aistream.log import Log
+from aistream.metrics import LAG
 from aistream.pulse import Pulse
 from aistream.session import Claimed
 from aistream.store import AWAY, Holding, Store
+from aistream.tally import Tally
 from aistream.telemetry import log as lines
 
 #: Seconds between two flushes: also the most that a killed worker can lose.
@@ -49,9 +53,28 @@ class LogWriter:
         self._store = store
         self._pulse = pulse
         self._dirty: list[Storing] = []
+        #: What is being written now.
+        self._in_flight: list[Storing] = []
         self._signal = Signal()
         # One pipeline at a time: a second one with the same entries would be refused as late.
         self._writing = BoundedSemaphore()
+        #: Since when what is being written, or could not be, has been waiting; since when what has come meanwhile has.
+        self._behind_since: float | None = None
+        self._touched_at = 0.0
+        #: Events that were stored, and how long windows took from their first event to that.
+        self.events = 0
+        self.lag = Tally(LAG)
+
+    @property
+    def unstored(self) -> int:
+        """Events in memory that the store has not."""
+        return sum(len(storing.log) - storing.stored for storing in {*self._dirty, *self._in_flight})
+
+    @property
+    def behind(self) -> float:
+        """Seconds for which the oldest of them has been waiting."""
+        since = self._touched_at if self._dirty and self._behind_since is None else self._behind_since
+        return 0.0 if since is None else time.monotonic() - since
 
     def touch(self, storing: Storing) -> None:
         """There are new events in the log: they are stored within a window. Without yielding."""
@@ -59,6 +82,7 @@ class LogWriter:
             storing.touched = True
             if not self._dirty:
                 self._signal.set()
+                self._touched_at = time.monotonic()
             self._dirty.append(storing)
 
     def run(self) -> None:
@@ -66,18 +90,24 @@ class LogWriter:
         while True:
             self._signal.wait()
             gevent.sleep(WINDOW)
-            dirty, self._dirty = self._dirty, []
+            dirty = self._in_flight = self._dirty
+            self._dirty = []
+            since = self._behind_since = self._touched_at if self._behind_since is None else self._behind_since
             self._signal.clear()
             for storing in dirty:
                 storing.touched = False
             try:
                 self._write(dirty)
+                self._behind_since = None
+                self.lag.add(time.monotonic() - since)
             except StoreUnavailable:
                 for storing in dirty:
                     self.touch(storing)
                 gevent.sleep(AWAY)
             except Exception as error:  # the root of a loop: one bad entry must not stop all logs
+                self._behind_since = None
                 lines.error("log_writer.failed", error=error)
+            self._in_flight = []
 
     def flush(self, storing: Storing) -> None:
         """Stores what this log has and the store has not, unless the log turns out to be void. Raises StoreUnavailable."""
@@ -97,6 +127,7 @@ class LogWriter:
                     if log.dropped or self._store.last_id(log.session_id) != cursor:
                         continue
                 storing.stored = len(log) + 1
+                self.events += 1
                 return True
             except StoreUnavailable:
                 gevent.sleep(AWAY)
@@ -123,6 +154,7 @@ class LogWriter:
             if not batch:
                 return
             refusals = self._store.append(batch)
+            self.events += len(batch)
             refused = any(refusals)
             for one, first, stop in spans:
                 if refused and any(refusals[first : first + stop - one.stored]):

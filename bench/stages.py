@@ -51,7 +51,10 @@ NEUTRAL = [
 ]
 #: What a frame tells, by `function (path`. Modules of older commits and of newer ones stand side by side.
 _TELLING = [
-    (TELEMETRY, r"aistream/(telemetry|loglines|server_lines|shared_metrics)\.py|/structlog/|/prometheus_client/"),
+    (
+        TELEMETRY,
+        r"aistream/(telemetry|metrics|meter|tally|loglines|server_lines|shared_metrics)\.py|/structlog/|/prometheus_client/",
+    ),
     (FRAMES, r"aistream/sse\.py|^Log\.frames "),
     (READ, r"aistream/providers/(transport|http1|resolver)\.py|/httpx2/|/httpcore2/|/h11/"),
     (READ, r"/(openai|anthropic)/_(response|streaming)\.py"),

@@ -88,7 +88,7 @@ def test_the_callback_is_owed_with_the_ending_and_no_longer_than_that(make_store
     store.outbox.take(owed)
     store.outbox.settle(owed, 1, "delivered")
 
-    assert (before.owed, before.dead, store.outbox.counts()) == (1, 0, Counts(0, 0.0, 0))
+    assert (before.owed, before.dead, store.outbox.counts()) == (1, 0, Counts(0, 0.0, 0, 0))
     assert standing(store, owed).state == "delivered"
     assert store.due(ROOM).due == []
     assert store.connections.call("KEYS", "aistream:{0}:origins*") == []

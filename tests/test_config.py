@@ -71,7 +71,8 @@ def test_production_starts_with_its_three_demands_and_sensible_defaults() -> Non
     assert (config.init_rate_limit, config.user_rate_limit, config.unauthorized_rate_limit) == ((30_000, 60), (60, 60), (120, 60))
     assert (config.max_pending_sessions, config.max_streams_per_worker, config.max_viewers_per_worker) == (10_000, 10_000, 20_000)
     assert (config.max_viewers_per_session, config.max_body_bytes, config.max_answer_bytes) == (10, 256 * 1024, 2 * 2**20)
-    assert (config.log_level, config.log_format, config.metrics_token) == ("info", "auto", "")
+    assert (config.log_level, config.log_format) == ("info", "auto")
+    assert (config.metrics_token, config.metrics_port, config.metrics_host) == ("", 0, "")
     assert (config.callback_secret, config.callback_secret_previous, config.callback_headers) == (b"", b"", ())
     assert (config.callback_concurrency, config.resume_url_rewrite) == (20, ())
     assert (config.first_token_seconds, config.reasoning_first_token_seconds, config.first_token_budget_seconds) == (60, 300, 120)
@@ -368,6 +369,16 @@ def test_a_secret_is_at_least_as_long_as_its_algorithms_hash(algorithm: str) -> 
         f"JWT_SECRET_PREVIOUS has {len(SECRET)} bytes: expected at least {size} random bytes for {algorithm}"
     ]
     assert production(JWT_ALGORITHM=algorithm, JWT_SECRET="x" * size).jwt_algorithm == algorithm
+
+
+def test_the_metrics_have_a_port_of_their_own_and_in_dev_mode_on_this_machine() -> None:
+    config = production(METRICS_PORT="9464", METRICS_HOST="10.0.0.1")
+    same = faults({**PRODUCTION, "METRICS_PORT": "8000"})
+    far = faults({"DEV_MODE": "true", "JWT_SECRET": SECRET, "METRICS_PORT": "9464", "METRICS_HOST": "0.0.0.0"})
+
+    assert (config.metrics_port, config.metrics_host) == (9464, "10.0.0.1")
+    assert same == ["METRICS_PORT is 8000: expected another than PORT"]
+    assert far == ["METRICS_HOST is '0.0.0.0': expected 127.0.0.1 in DEV_MODE"]
 
 
 @pytest.mark.parametrize("environ", [{}, {"REDIS_URL": "memory://"}])

@@ -23,6 +23,7 @@ ORDER = """
     limits
     api
     background
+    meter
     viewing  delivery  generation
     asking
     follower  writer  recall
@@ -38,13 +39,13 @@ ORDER = """
     providers.failures  providers.adaptation
     providers.base  providers.redaction  providers.bulkhead
     estimate  sockets
-    callback  telemetry  destination
+    callback  telemetry  metrics  destination
     server_lines
     loglines
     environment  shared_metrics  kernel_limits
     tls
     tokens
-    session
+    session  tally
     sse
     events
     config
@@ -55,7 +56,7 @@ ORDER = """
 BESIDE = {"viewing": {"generation"}}
 
 PURE = [
-    *("providers.redaction", "callback", "destination", "tokens", "session", "sse", "events"),
+    *("providers.redaction", "callback", "destination", "tokens", "session", "tally", "sse", "events"),
     *("config", "parse", "endpoints", "retry_after", "errors", "api.readable"),
 ]
 #: What a pure module has no business with: the network, other processes, the disk, chance and the clock.
@@ -79,7 +80,7 @@ ONLY = {
     "gunicorn": ["worker", "server_lines"],
     "dotenv": ["environment"],
     "structlog": ["telemetry"],
-    "prometheus_client": ["telemetry"],
+    "prometheus_client": ["metrics"],
     "rich": ["cli"],
     "tiktoken": ["estimate"],
 }

@@ -77,6 +77,8 @@ class Runner:
         self.service = service
         self.n8n = n8n
         self.seen: dict[tuple[int, str], Seen | BaseException] = {}
+        #: What was counted of a lane's providers after its last row: the page of all lanes is large, and read once for each.
+        self._counted: dict[str, Counter[tuple[str, ...]]] = {}
 
     def run(self) -> None:
         """All rows."""
@@ -92,7 +94,6 @@ class Runner:
     def _cell(self, number: int, family: str, alias: str) -> Seen:
         row, spare, path = ROWS[number], f"{alias}-spare", f"/{number}/{family}"
         other = FAMILIES["anthropic" if family == "openai" else "openai"]
-        before = counts(self.service, alias, spare)
         url = self.service.stream_url(
             model=f"{alias}/{FAMILIES[family]}-test-{row.scenario}-i{number}",
             resumeUrl=self.n8n.url(path),
@@ -104,6 +105,8 @@ class Runner:
         in_json, in_text = [viewer.get(timeout=60) for viewer in viewers]
         (callback,) = self.n8n.wait_for(1, timeout=20, path=path)
         after = counts(self.service, alias, spare)
+        before = {name: self._counted.get(name, Counter[tuple[str, ...]]()) for name in after}
+        self._counted |= after
         return Seen(in_text, in_json, callback, after[alias] - before[alias], after[spare] - before[spare])
 
 

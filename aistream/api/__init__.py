@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
@@ -13,12 +14,12 @@ from flask import Flask, Response, current_app, g, request
 from flask_cors import CORS
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
-from aistream import telemetry
+from aistream import metrics
 from aistream.background import Background
 from aistream.config import LOOPBACK_ORIGIN, Config
 from aistream.delivery import Delivery
 from aistream.destination import Destinations
-from aistream.errors import Code, Problem
+from aistream.errors import Code, NotFound, Problem
 from aistream.generation import Generations
 from aistream.providers import Providers
 from aistream.store import Store
@@ -30,8 +31,8 @@ from aistream.viewing import Viewing
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
 #: W3C Trace Context: version 00, the trace's id, the caller's span, flags. Neither id may be all zeros.
 _TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
-#: Endpoints that are asked every few seconds for as long as the service lives: their lines are at debug.
-_INCESSANT = {"health.alive", "health.ready", "operator.metrics"}
+#: What METRICS_PORT serves, and what is asked every few seconds for as long as the service lives: its lines are at debug.
+_FOR_MACHINES = {"health.alive", "health.ready", "operator.metrics"}
 #: For pages is whatever an allowed one may be shown: all but what takes n8n's token or an operator's, which no page should hold.
 _FOR_PAGES = r"/(?!(?:init-stream|sessions|callbacks|models|metrics)(?:/|\Z))"
 
@@ -98,8 +99,9 @@ def json_response(value: Any, status: int = 200, mimetype: str = "application/js
 
 def problem(error: Problem) -> Response:
     """What a caller is told of an error."""
+    metrics.problem_told(error.code)
     if error.limit:
-        telemetry.limited(error.limit)
+        metrics.limited(error.limit)
     tell(code=error.code)
     answer = ProblemAnswer(
         title=error.title,
@@ -129,6 +131,14 @@ def bearer() -> str | None:
     """The token of `Authorization: Bearer …`, if there is one."""
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     return token.strip() or None if scheme.lower() == "bearer" else None
+
+
+def on_metrics_port() -> bool:
+    """Whether this request came in on METRICS_PORT: by the socket it came on, never by what it says of itself."""
+    port, sock = parts().config.metrics_port, request.environ.get("gunicorn.socket")
+    with suppress(OSError):
+        return bool(port and sock and sock.getsockname()[1:2] == (port,))
+    return False
 
 
 def normal_id(session_id: str) -> str:
@@ -166,15 +176,17 @@ def init_app(app: Flask, config: Config) -> None:
 
 def _begin() -> None:
     # gunicorn starts the loops itself, after fork; under `flask run` the first request does.
+    g.began = time.monotonic()
     background = parts().background
     background.start()
     background.requests += 1
     given = request.headers.get("X-Request-ID", "")
     g.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-    g.began = time.monotonic()
     traced = _TRACEPARENT.fullmatch(request.headers.get("traceparent", ""))
     if traced:
         tell(trace_id=traced[1])
+    if on_metrics_port() and request.endpoint not in _FOR_MACHINES:
+        raise NotFound("Not found.")
 
 
 def _end(_error: BaseException | None) -> None:
@@ -182,6 +194,8 @@ def _end(_error: BaseException | None) -> None:
 
 
 def _finish_headers(response: Response) -> Response:
+    route = request.url_rule.rule if request.url_rule else ""
+    metrics.request_answered(request.method, route, response.status_code, time.monotonic() - g.get("began", time.monotonic()))
     # The answer depends on who asks, also where the origin was refused or there was none.
     response.vary.add("Origin")
     response.headers["X-Request-ID"] = g.get("request_id", "")
@@ -198,7 +212,7 @@ def _write_line(response: Response) -> Response:
     facts = {"event": "request.finished", **g.get("facts", {})}
     event = facts.pop("event")
     if event is not None:
-        (lines.debug if request.endpoint in _INCESSANT else lines.info)(
+        (lines.debug if request.endpoint in _FOR_MACHINES else lines.info)(
             event,
             **facts,
             method=request.method,

@@ -17,7 +17,7 @@ from flask import Blueprint, Response, request
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 from werkzeug.exceptions import RequestEntityTooLarge
 
-from aistream import limits, telemetry
+from aistream import limits, metrics
 from aistream.api import Ok, bearer, json_response, parts, tell
 from aistream.callback import Time, timestamp
 from aistream.config import Config
@@ -139,7 +139,7 @@ def init_stream() -> Response:
     try:
         answer, replayed = accept(body, caller, _key(body, caller))
     except StoreUnavailable:
-        telemetry.limited("store")
+        metrics.limited("store")
         raise
     response = json_response(answer)
     if replayed:

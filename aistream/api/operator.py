@@ -7,24 +7,30 @@ from __future__ import annotations
 
 import hmac
 import re
+from contextlib import suppress
 from typing import Annotated, Any
 
+import gevent
 import msgspec
 from flask import Blueprint, Response, request
 
-from aistream.api import Ok, bearer, json_response, normal_id, parts, tell
+from aistream.api import Ok, bearer, json_response, normal_id, on_metrics_port, parts, tell
 from aistream.callback import Description, description, one_of
+from aistream.config import Config
 from aistream.endpoints import Defaults
-from aistream.errors import Code, Conflict, Fault, InvalidRequest, NotFound, Unauthorized
+from aistream.errors import Code, Conflict, Fault, InvalidRequest, NotFound, StoreUnavailable, Unauthorized
+from aistream.metrics import exposition
 from aistream.outbox import Redelivery
 from aistream.providers import Listing
-from aistream.telemetry import exposition
+from aistream.session import Counts
 from aistream.tokens import Caller
 
 bp = Blueprint("operator", __name__)
 
 #: Most callbacks of one page.
 MAX_LIMIT = 1_000
+#: Seconds that the store has to answer a scrape: less than Prometheus waits by itself (10).
+PATIENCE = 2.0
 #: A cursor of such a page: when the callback became what it is, and its session.
 AFTER = re.compile(r"([0-9]{1,15})-([0-9a-f-]{36})")
 
@@ -169,18 +175,27 @@ def _provider(listing: Listing) -> ProviderState:
 
 @bp.get("/metrics")
 def metrics() -> Response:
-    """For Prometheus. All workers' counts, whichever of them is asked."""
-    config = parts().config
+    """For Prometheus. All workers' counts, whichever of them is asked; without the store's own where that is away."""
+    if not on_metrics_port():
+        _allow_scrape(parts().config)
+    counts: Counts | None = None
+    with suppress(StoreUnavailable), gevent.Timeout(PATIENCE, StoreUnavailable("no answer in time")):
+        counts = parts().store.outbox.counts()
+    meter = parts().background.meter
+    meter.note()  # of this worker the newest
+    text, content_type = exposition(counts, meter.facts)
+    response = Response(text, content_type=content_type)
+    response.headers["Cache-Control"] = "no-store"
+    return response
+
+
+def _allow_scrape(config: Config) -> None:
     if not config.metrics_token and not config.dev_mode:
-        raise NotFound("Metrics are switched off: METRICS_TOKEN is not set.")
+        raise NotFound("Metrics are switched off here: METRICS_TOKEN is not set.")
     given = bearer() or ""
     if config.metrics_token and not hmac.compare_digest(given.encode(), config.metrics_token.encode()):
         code: Code = "token_wrong_kind" if given else "token_missing"
         raise Unauthorized("Expected METRICS_TOKEN in the header Authorization: Bearer.", code=code)
-    text, content_type = exposition(parts().store.outbox.counts())
-    response = Response(text, content_type=content_type)
-    response.headers["Cache-Control"] = "no-store"
-    return response
 
 
 def _caller() -> Caller:

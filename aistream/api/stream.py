@@ -7,7 +7,7 @@ from typing import Annotated
 import msgspec
 from flask import Blueprint, Response, g, request
 
-from aistream import telemetry
+from aistream import metrics
 from aistream.api import Ok, bearer, json_response, normal_id, parts, tell
 from aistream.callback import one_of
 from aistream.errors import Draining, NotFound, Refused, StoreUnavailable
@@ -47,11 +47,10 @@ def watch(session_id: str) -> Response:
             return Response(status=204, headers=HEADERS)
     except Refused as refused:
         if "text/event-stream" not in request.headers.get("Accept", ""):
+            metrics.viewer_refused(refused.code)
             viewer.hang_up()
             raise
         if not refused.held:
-            if refused.limit:
-                telemetry.limited(refused.limit)
             # A browser never shows a person the body of any other status.
             tell(code=refused.code)
             return _events(Response(refusal_frame(refused, cursor, mode)))

@@ -98,6 +98,10 @@ class Providers:
         """The places of this provider."""
         return self._served[name].bulkhead
 
+    def bulkheads(self) -> list[tuple[str, Bulkhead]]:
+        """The places of all providers, by name."""
+        return [(name, served.bulkhead) for name, served in self._served.items()]
+
     def secret(self, name: str) -> str:
         """The key of this provider, if there is one."""
         return self._endpoints[name].key if name in self._endpoints else ""

@@ -7,11 +7,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from aistream import telemetry
+from aistream import metrics
 from aistream.endpoints import Endpoint
 from aistream.errors import ProviderFailed
 from aistream.events import End
 from aistream.providers.base import Call
+from aistream.telemetry import log as lines
 
 #: Seconds for which a lesson holds: an organisation is verified, a server updated, and the parameter is tried again.
 FORGET = 3_600.0
@@ -48,7 +49,9 @@ class Adaptations:
                 if not named:
                     raise
                 refused = self.learn(endpoint.base_url, model, named)
-                telemetry.provider_adapted(endpoint.name, model, named)
+                # About once an hour for a model.
+                metrics.provider_adapted(endpoint.name, named)
+                lines.info("provider.adapted", provider=endpoint.name, model=model, parameters=named)
 
     def __init__(self) -> None:
         self._learned: OrderedDict[tuple[str, str], tuple[float, frozenset[str]]] = OrderedDict()
