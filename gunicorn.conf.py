@@ -4,6 +4,7 @@ import os
 import sys
 
 from aistream import kernel_limits, loglines, server_lines, shared_metrics
+from aistream.config import DRAIN_MARGIN
 from aistream.environment import load
 from aistream.errors import ConfigError
 
@@ -29,7 +30,7 @@ backlog = 4_096
 timeout = 60
 keepalive = 75
 # Longer than the drain, which ends by itself: what gunicorn kills has said no last words.
-graceful_timeout = int(service.drain_seconds) + 15
+graceful_timeout = int(service.drain_seconds) + DRAIN_MARGIN
 # A bad cursor is no cursor, also one of 10 KB: at gunicorn's own limit of 8 KB the answer is one that ends an EventSource.
 limit_request_field_size = 16_384
 limit_request_fields = 64

@@ -16,9 +16,13 @@ from typing import Any
 from aistream import parse
 from aistream.endpoints import ANTHROPIC_URL, OPENAI_URL, Endpoint, endpoints
 from aistream.errors import ConfigError
+from aistream.installation import VARIABLES
 
 #: Any port of this machine, as a browser writes the origin: allowed by CORS in DEV_MODE.
 LOOPBACK_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
+
+#: Seconds that a worker gets beyond its drain, which ends by itself, before gunicorn kills it.
+DRAIN_MARGIN = 15
 
 _PLACEHOLDERS = re.compile(r"change.?me|your.?(jwt.?)?secret|example|placeholder|replace.?(me|this)", re.IGNORECASE)
 #: Largest callback: n8n takes 16 MiB, and a little stands around the texts.
@@ -297,6 +301,12 @@ class Config:
         "120",
         "How long a stopping worker waits for its generations and callbacks. Keep your stop timeout larger.",
     )
+    stop_grace_seconds: float | None = _setting(
+        parse.optional(parse.seconds(1, 7_200)),
+        "",
+        "After how long whoever stops the service kills it: Docker's stop_grace_period (150 in docker-compose.yml), systemd's "
+        "TimeoutStopSec. Less than DRAIN_SECONDS and 15 more is refused at start. Empty: not known, and not checked.",
+    )
 
     init_rate_limit: tuple[int, int] | None = _setting(
         parse.rate,
@@ -453,6 +463,11 @@ class Config:
         if largest > _CALLBACK_BYTES:
             text = f"is {self.max_body_bytes}: expected at most {_CALLBACK_BYTES - 6 * self.max_answer_bytes}"
             found.append(("MAX_BODY_BYTES", f"{text} beside MAX_ANSWER_BYTES, or n8n refuses a callback for its size"))
+        if self.stop_grace_seconds is not None and self.stop_grace_seconds < self.drain_seconds + DRAIN_MARGIN:
+            least = f"at least {self.drain_seconds + DRAIN_MARGIN:g}, DRAIN_SECONDS and {DRAIN_MARGIN} more"
+            found.append(
+                ("STOP_GRACE_SECONDS", f"is {self.stop_grace_seconds:g}: expected {least}, or a drain is killed in the middle")
+            )
         if self.web_concurrency > 1 and self.embedded_store:
             found.append(
                 (
@@ -518,7 +533,8 @@ _SECTIONS = {
 
 
 def manual(values: Mapping[str, str] | None = None) -> str:
-    """The text of `.env.example`: every setting with purpose, unit and default; `values` are filled in."""
+    """The text of `.env.example`: every setting and every variable of docker-compose.yml, with purpose, unit and default;
+    `values` are filled in."""
     lines = [
         "# aistream's configuration: the manual of every setting. `make env` writes a .env from it with random secrets.",
         "# A variable of the environment wins over .env. Empty means unset. Lines after a # are the defaults.",
@@ -526,9 +542,20 @@ def manual(values: Mapping[str, str] | None = None) -> str:
     for name, setting in settings().items():
         if name in _SECTIONS:
             lines += ["", f"# ---- {_SECTIONS[name]} ----"]
-        lines += ["", *textwrap.wrap(setting.doc, 118, initial_indent="# ", subsequent_indent="# ")]
-        if values and name in values:
-            lines.append(f"{name}={values[name]}")
-        else:
-            lines.append(f"{name}=" if not setting.default else f"#{name}={setting.default}")
+        lines += _entry(name, setting.default, setting.doc, values or {})
+    lines += [
+        "",
+        "# ---- docker-compose.yml ----",
+        "# Of no meaning outside it, and the service reads none of them. In it HOST, PORT, DEV_MODE, REDIS_URL,",
+        "# RESUME_URL_REWRITE and METRICS_PORT are what docker-compose.yml says, whatever stands above.",
+    ]
+    for variable in VARIABLES:
+        lines += _entry(variable.name, variable.default, variable.doc, values or {})
     return "\n".join(lines) + "\n"
+
+
+def _entry(name: str, default: str, doc: str, values: Mapping[str, str]) -> list[str]:
+    wrapped = textwrap.wrap(doc, 118, initial_indent="# ", subsequent_indent="# ")
+    if name in values:
+        return ["", *wrapped, f"{name}={values[name]}"]
+    return ["", *wrapped, f"#{name}={default}" if default else f"{name}="]

@@ -1,6 +1,7 @@
 """Where the settings come from: the process's environment, a `.env` file and, in DEV_MODE, a secret of this checkout.
 
-The only module that reads files for the configuration. `python -m aistream.environment` writes a `.env`.
+The only module that reads files for the configuration. `python -m aistream.environment` writes a `.env`; with `-`, to standard
+output, as a container does.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import dataclasses
 import os
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dotenv import dotenv_values
 
 from aistream import tls
 from aistream.config import Config, manual, settings
+from aistream.installation import VARIABLES
 
 #: The folder of `wsgi.py`, `.env` and `.env.example`.
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,31 +81,44 @@ def _dev_secret(path: Path) -> str:
         partial.unlink(missing_ok=True)
 
 
+def fresh_env() -> str:
+    """The text of a `.env` in which only the provider keys are missing, for `gunicorn wsgi:app` and docker-compose.yml alike."""
+    return manual(
+        {
+            "JWT_SECRET": secrets.token_hex(32),
+            "CALLBACK_SECRET": "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode(),
+            "CALLBACK_HEADERS": "X-Aistream-Key: " + secrets.token_hex(24),
+            "BASE_URL": "http://127.0.0.1:8000",
+            "RESUME_URL_ALLOWED_ORIGINS": "http://localhost:5678,http://127.0.0.1:5678,http://n8n:5678",
+            "ALLOWED_ORIGINS": "http://localhost:3000",
+            **{variable.name: secrets.token_hex(24) for variable in VARIABLES if not variable.default},
+        }
+    )
+
+
 def write_env(path: Path) -> None:
-    """Writes a `.env` in which only the provider keys are missing. Raises FileExistsError rather than replace one."""
-    values = {
-        "JWT_SECRET": secrets.token_hex(32),
-        "CALLBACK_SECRET": "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode(),
-        "CALLBACK_HEADERS": "X-Aistream-Key: " + secrets.token_hex(24),
-        "BASE_URL": "http://127.0.0.1:8000",
-        "RESUME_URL_ALLOWED_ORIGINS": "http://localhost:5678,http://127.0.0.1:5678,http://n8n:5678",
-        "ALLOWED_ORIGINS": "http://localhost:3000",
-    }
+    """Writes `fresh_env()`. Raises FileExistsError rather than replace one."""
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(manual(values))
+        file.write(fresh_env())
 
 
-def main() -> int:
-    """Writes `.env` beside `.env.example`; says what is left to fill in."""
+def main(arguments: Sequence[str]) -> int:
+    """Writes `.env` beside `.env.example`, or with `-` to standard output; says what is left to fill in."""
+    if list(arguments) == ["-"]:
+        sys.stdout.write(fresh_env())
+        return 0
     path = _root() / ".env"
     try:
         write_env(path)
     except FileExistsError:
         print(f"{path} exists already: it is left as it is. Remove it first to have a new one.", file=sys.stderr)
         return 1
-    print(f"wrote {path} with random secrets. Fill in OPENAI_API_KEY or ANTHROPIC_API_KEY (or both), then: gunicorn wsgi:app")
+    print(
+        f"wrote {path} with random secrets. Fill in OPENAI_API_KEY or ANTHROPIC_API_KEY (or both), "
+        "then: docker compose up --build, or gunicorn wsgi:app"
+    )
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -58,7 +58,7 @@ def whole(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
-def optional(parse: Callable[[str], int]) -> Callable[[str], int]:
+def optional(parse: Callable[[str], float]) -> Callable[[str], float]:
     """The same, or 0 for nothing."""
     return lambda value: parse(value) if value else 0
 

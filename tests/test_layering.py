@@ -49,7 +49,7 @@ ORDER = """
     sse
     events
     config
-    parse  endpoints  retry_after
+    parse  endpoints  retry_after  installation
     errors  api.readable
 """
 #: Who may import from its own line: a viewer in this process reads what the generation here writes.
@@ -57,7 +57,7 @@ BESIDE = {"viewing": {"generation"}}
 
 PURE = [
     *("providers.redaction", "callback", "destination", "tokens", "session", "tally", "sse", "events"),
-    *("config", "parse", "endpoints", "retry_after", "errors", "api.readable"),
+    *("config", "installation", "parse", "endpoints", "retry_after", "errors", "api.readable"),
 ]
 #: What a pure module has no business with: the network, other processes, the disk, chance and the clock.
 IMPURE = """
