@@ -27,6 +27,7 @@ from aistream.installation import VARIABLES
 from tests import compose
 from tests.compose import Container
 from tests.conftest import missing
+from tests.neighbours import postgres as pg
 from tests.neighbours import redis as own_redis
 from tests.neighbours.provider import ProviderServer
 from tests.neighbours.receiver import Receiver
@@ -442,3 +443,79 @@ def _ports(count: int) -> list[int]:
         for one in sockets:
             one.bind(("127.0.0.1", 0))
         return [int(one.getsockname()[1]) for one in sockets]
+
+
+# ---- PostgreSQL ----
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[pg.Postgres]:
+    """A PostgreSQL that was made as its container makes it, with our script."""
+    if pg.program("initdb") is None:
+        missing("PostgreSQL's server")
+    service = SERVICES["postgres"]
+    environ = {**compose.environment(service, ENV), "N8N_DB_PASSWORD": AWKWARD}
+    scripts = sorted((ROOT / "deploy" / "postgres").glob("*.sh"))  # what is mounted where the image looks
+    with pg.Postgres(_ports(1)[0], environ, scripts) as server:
+        yield server
+
+
+#: A password that would break out of SQL or of a shell.
+AWKWARD = 'it\'s "$HOME" \\ `id`; --'
+
+
+def test_n8ns_role_is_nobody_in_particular_and_owns_its_schema(postgres: pg.Postgres) -> None:
+    rights = "rolsuper, rolcreatedb, rolcreaterole, rolreplication, rolbypassrls, rolcanlogin"
+
+    role = postgres.ask("n8n", f"SELECT {rights} FROM pg_roles WHERE rolname = current_user")
+    owner = postgres.ask("n8n", "SELECT nspowner::regrole FROM pg_namespace WHERE nspname = 'public'")
+
+    assert (role.stdout.strip(), owner.stdout.strip()) == ("f|f|f|f|f|t", "n8n"), role.stderr
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        *("CREATE DATABASE other", "CREATE ROLE other", "ALTER ROLE n8n SUPERUSER", "CREATE SCHEMA other", "SET ROLE postgres"),
+        *("DROP DATABASE n8n", "COPY (SELECT 1) TO PROGRAM 'id'", "SELECT pg_read_file('/etc/passwd')", "TABLE pg_authid"),
+    ],
+)
+def test_n8ns_role_may_not(postgres: pg.Postgres, sql: str) -> None:
+    refused = postgres.ask("n8n", sql)
+
+    assert refused.returncode != 0
+    assert re.search("permission denied|must be (owner|superuser)", refused.stderr), refused.stderr
+
+
+def test_n8ns_role_may_do_what_migrations_do(postgres: pg.Postgres) -> None:
+    sql = "CREATE TABLE t (id uuid DEFAULT gen_random_uuid()); CREATE INDEX ON t (id); ALTER TABLE t ADD c jsonb; DROP TABLE t"
+
+    done = postgres.ask("n8n", sql)
+
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_database_wants_the_password_and_lets_no_other_database_be_seen(postgres: pg.Postgres) -> None:
+    stranger = postgres.by_tcp("psql", "-X", "-U", "n8n", "-d", "n8n", "-c", "SELECT 1", password="another")
+    elsewhere = [postgres.ask("n8n", "SELECT 1", database=name) for name in ("postgres", "template1")]
+
+    assert "password authentication failed" in stranger.stderr
+    assert ["permission denied for database" in answer.stderr for answer in elsewhere] == [True, True]
+
+
+def test_the_health_check_of_postgresql_is_good_when_it_takes_connections(postgres: pg.Postgres) -> None:
+    kind, *check = SERVICES["postgres"]["healthcheck"]["test"]
+
+    ends = [postgres.by_tcp(*check, f"--port={port}", password="").returncode for port in (postgres.port, _ports(1)[0])]
+
+    assert kind == "CMD" and ends == [0, 2]
+
+
+def test_without_a_password_for_n8n_nothing_is_made(postgres: pg.Postgres) -> None:
+    (script,) = (ROOT / "deploy" / "postgres").glob("*.sh")
+    where = {"PGHOST": "127.0.0.1", "PGPORT": str(postgres.port), "PGPASSWORD": ENV["POSTGRES_PASSWORD"]}
+    environ = {"PATH": os.environ["PATH"], "POSTGRES_USER": "postgres", "POSTGRES_DB": "n8n", **where}
+
+    done = subprocess.run([script], env=environ, capture_output=True, text=True, timeout=30)
+
+    assert done.returncode != 0 and "N8N_DB_PASSWORD is not set" in done.stderr

@@ -5,7 +5,9 @@
 import os
 import pwd
 import shutil
+import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,18 +30,19 @@ def user() -> int:
 
 
 class Postgres:
-    """One PostgreSQL with the database `POSTGRES_DB` in `folder`. `environ` is the environment of its container.
+    """One PostgreSQL with the database `POSTGRES_DB`. `environ` is the environment of its container.
 
-    with Postgres(folder, port, environ, [script]) as server:
+    with Postgres(port, environ, [script]) as server:
         server.ask("n8n", "SELECT 1")
     """
 
-    def __init__(self, folder: Path, port: int, environ: Mapping[str, str], scripts: list[Path]) -> None:
-        self.folder = folder
+    def __init__(self, port: int, environ: Mapping[str, str], scripts: list[Path]) -> None:
+        # Not among pytest's folders: those are for their owner alone.
+        self.folder = Path(tempfile.mkdtemp(prefix="aistream-postgres-"))
         self.port = port
-        self.data = folder / "data"
-        self._socket = folder / "socket"
-        self._environ = {**environ, "PATH": _PATH, "PGHOST": str(self._socket), "PGPORT": str(port)}
+        self._data = self.folder / "data"
+        self._socket = self.folder / "socket"
+        self._environ = {**environ, "PATH": _PATH, "PGHOST": str(self._socket), "PGPORT": str(port), "LANG": "C.UTF-8"}
         self._scripts = scripts
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -50,20 +53,19 @@ class Postgres:
 
     def __exit__(self, *_: object) -> None:
         self.kill()
+        shutil.rmtree(self.folder)
 
     def make(self) -> None:
         """Makes the empty database and runs the scripts, on the socket alone."""
-        for path in (self.folder, self._socket):
-            path.mkdir(parents=True, exist_ok=True)
-            os.chown(path, user(), -1)
         password = self.folder / "password"
         password.write_text(self._environ["POSTGRES_PASSWORD"])
-        os.chown(password, user(), -1)
+        self._socket.mkdir()
+        for path in (self.folder, self._socket, password):
+            os.chown(path, user(), -1)
         asked = ["--username", self._environ["POSTGRES_USER"], f"--pwfile={password}", "--no-sync"]
-        self._run("initdb", "--pgdata", str(self.data), *asked, *self._environ["POSTGRES_INITDB_ARGS"].split())
+        self._run("initdb", "--pgdata", str(self._data), *asked, *self._environ["POSTGRES_INITDB_ARGS"].split(), user=user())
         self._spawn("")
-        if self._environ["POSTGRES_DB"] != "postgres":
-            self._run("createdb", "--username", self._environ["POSTGRES_USER"], self._environ["POSTGRES_DB"])
+        self._run("createdb", "--username", self._environ["POSTGRES_USER"], self._environ["POSTGRES_DB"])
         for script in self._scripts:
             self._run(str(script))
         self.kill()
@@ -75,7 +77,7 @@ class Postgres:
     def kill(self) -> None:
         """Ends it, as the image's STOPSIGNAL does: without waiting for its clients."""
         if self._process is not None:
-            self._process.send_signal(2)
+            self._process.send_signal(signal.SIGINT)
             self._process.wait(30)
             self._process = None
 
@@ -89,10 +91,8 @@ class Postgres:
         environ = {"PATH": _PATH, "PGHOST": HOST, "PGPORT": str(self.port), "PGPASSWORD": password}
         return subprocess.run([name, *arguments], env=environ, capture_output=True, text=True, timeout=30)
 
-    def _run(self, *command: str) -> None:
-        done = subprocess.run(
-            command, env=self._environ, user=user(), cwd=self.folder, capture_output=True, text=True, timeout=60
-        )
+    def _run(self, *command: str, user: int | None = None) -> None:
+        done = subprocess.run(command, env=self._environ, user=user, cwd=self.folder, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stdout + done.stderr
 
     def _spawn(self, address: str) -> None:
@@ -101,7 +101,9 @@ class Postgres:
         settings = {"listen_addresses": address, "port": self.port, "unix_socket_directories": self._socket, "fsync": "off"}
         options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
         with (self.folder / "log").open("a") as log:
-            self._process = subprocess.Popen([server, "-D", self.data, *options], stdout=log, stderr=log, user=user())
+            self._process = subprocess.Popen(
+                [server, "-D", self._data, *options], cwd=self.folder, stdout=log, stderr=log, user=user()
+            )
         until = time.monotonic() + 30
         ready = [
             program("pg_isready") or "pg_isready",
