@@ -163,12 +163,17 @@ class Container:
     def run(self, command: Sequence[str], timeout: float = 20.0) -> "subprocess.CompletedProcess[str]":
         """Runs this too, in the same surroundings, as `docker exec` and a health check do."""
         return subprocess.run(
-            ["bwrap", *self._sandbox, *self._as_user(), *command],
+            [*self.surroundings, *command],
             env=self._environ,
             capture_output=True,
             text=True,
             timeout=timeout,
         )
+
+    @property
+    def surroundings(self) -> list[str]:
+        """What a command is put behind to run as in this container."""
+        return ["bwrap", *self._sandbox, *self._as_user()]
 
     def wait_until(self, holds: Callable[[], object], timeout: float = 30.0) -> None:
         """A bounded poll; AssertionError with what it has printed, at once when it has ended."""

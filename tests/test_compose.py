@@ -456,7 +456,7 @@ def postgres() -> Iterator[pg.Postgres]:
     service = SERVICES["postgres"]
     environ = {**compose.environment(service, ENV), "N8N_DB_PASSWORD": AWKWARD}
     scripts = sorted((ROOT / "deploy" / "postgres").glob("*.sh"))  # what is mounted where the image looks
-    with pg.Postgres(_ports(1)[0], environ, scripts) as server:
+    with pg.Postgres(environ, scripts) as server:
         yield server
 
 

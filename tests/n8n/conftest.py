@@ -31,10 +31,10 @@ def pytest_ignore_collect(config: pytest.Config) -> bool | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test may have to wait for n8n's start, or for its next look at the limits, once a minute."""
+    """A test may have to wait for n8n's starts, of which its setup needs six, or for its look at the limits, once a minute."""
     for item in items:
         if item.path.is_relative_to(HERE):
-            item.add_marker(pytest.mark.timeout(300))
+            item.add_marker(pytest.mark.timeout(600))
 
 
 @pytest.fixture(scope="session")

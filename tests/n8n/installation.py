@@ -2,9 +2,12 @@
 the environment of its containers. Only the names of other containers, and the ports, are this machine's.
 """
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,15 +54,29 @@ class Installation:
         """Runs n8n-setup to its end."""
         kind, script = self.services["n8n-setup"]["entrypoint"]
         assert script == "/opt/aistream/setup"
+        return self._run([kind, str(self._image / "setup")], self.volume, self._environment("n8n-setup"))
+
+    def command(self, volume: Path, *command: str, **environ: str) -> "subprocess.CompletedProcess[str]":
+        """Runs one of n8n's commands in its container, with this volume and these variables instead of its own."""
+        return self._run(["n8n", *command], volume, {**self._environment("n8n"), **environ})
+
+    def _run(self, command: list[str], volume: Path, environ: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
+        volume.mkdir(exist_ok=True)
         programs = f"{self._home / 'node24' / 'bin'}:{self._home / 'app' / 'node_modules' / '.bin'}"
-        environ = {
-            "PATH": f"{programs}:{os.environ['PATH']}",
-            "HOME": str(self.volume),
-            "N8N_USER_FOLDER": str(self.volume),
-            **self._environment("n8n-setup"),
-        }
-        self.volume.mkdir(exist_ok=True)
-        return subprocess.run([kind, self._image / "setup"], env=environ, capture_output=True, text=True, timeout=240)
+        places = {"PATH": f"{programs}:{os.environ['PATH']}", "HOME": str(volume), "N8N_USER_FOLDER": str(volume)}
+        # Killed with its children, should it take too long: n8n is a shell's child.
+        with tempfile.TemporaryFile("w+") as told:
+            process = subprocess.Popen(
+                command, env={**places, **environ}, stdin=subprocess.DEVNULL, stdout=told, stderr=told, start_new_session=True
+            )
+            try:
+                status = process.wait(500)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            told.seek(0)
+            return subprocess.CompletedProcess(command, status, told.read())
 
     def healthy(self, port: int) -> bool:
         """What n8n's health check says of this port."""

@@ -6,6 +6,7 @@ import os
 import pwd
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -32,17 +33,17 @@ def user() -> int:
 class Postgres:
     """One PostgreSQL with the database `POSTGRES_DB`. `environ` is the environment of its container.
 
-    with Postgres(port, environ, [script]) as server:
+    with Postgres(environ, [script]) as server:
         server.ask("n8n", "SELECT 1")
     """
 
-    def __init__(self, port: int, environ: Mapping[str, str], scripts: list[Path]) -> None:
+    def __init__(self, environ: Mapping[str, str], scripts: list[Path]) -> None:
         # Not among pytest's folders: those are for their owner alone.
         self.folder = Path(tempfile.mkdtemp(prefix="aistream-postgres-"))
-        self.port = port
+        self.port = _free_port()
         self._data = self.folder / "data"
         self._socket = self.folder / "socket"
-        self._environ = {**environ, "PATH": _PATH, "PGHOST": str(self._socket), "PGPORT": str(port), "LANG": "C.UTF-8"}
+        self._environ = {**environ, "PATH": _PATH, "PGHOST": str(self._socket), "PGPORT": str(self.port), "LANG": "C.UTF-8"}
         self._scripts = scripts
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -116,3 +117,9 @@ class Postgres:
         while subprocess.run(ready, timeout=10).returncode != 0:
             assert self._process.poll() is None and time.monotonic() < until, (self.folder / "log").read_text()
             time.sleep(0.05)
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind((HOST, 0))
+        return int(sock.getsockname()[1])
