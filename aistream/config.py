@@ -301,7 +301,7 @@ class Config:
         "120",
         "How long a stopping worker waits for its generations and callbacks. Keep your stop timeout larger.",
     )
-    stop_grace_seconds: float | None = _setting(
+    stop_grace_seconds: float = _setting(
         parse.optional(parse.seconds(1, 7_200)),
         "",
         "After how long whoever stops the service kills it: Docker's stop_grace_period (150 in docker-compose.yml), systemd's "
@@ -463,7 +463,7 @@ class Config:
         if largest > _CALLBACK_BYTES:
             text = f"is {self.max_body_bytes}: expected at most {_CALLBACK_BYTES - 6 * self.max_answer_bytes}"
             found.append(("MAX_BODY_BYTES", f"{text} beside MAX_ANSWER_BYTES, or n8n refuses a callback for its size"))
-        if self.stop_grace_seconds is not None and self.stop_grace_seconds < self.drain_seconds + DRAIN_MARGIN:
+        if 0 < self.stop_grace_seconds < self.drain_seconds + DRAIN_MARGIN:
             least = f"at least {self.drain_seconds + DRAIN_MARGIN:g}, DRAIN_SECONDS and {DRAIN_MARGIN} more"
             found.append(
                 ("STOP_GRACE_SECONDS", f"is {self.stop_grace_seconds:g}: expected {least}, or a drain is killed in the middle")

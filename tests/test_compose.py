@@ -159,7 +159,7 @@ def test_only_what_must_be_is_published_and_on_this_host_alone() -> None:
     assert published == {
         "aistream": ["127.0.0.1:8000:8000"],
         "n8n": ["127.0.0.1:5678:5678"],
-        "haproxy": ["127.0.0.1:8080:8080"],
+        "haproxy": ["127.0.0.1:8080:80"],
         "nginx": ["0.0.0.0:443:443", "0.0.0.0:80:80"],
         "prometheus": ["127.0.0.1:9090:9090"],
         "grafana": ["127.0.0.1:3001:3000"],

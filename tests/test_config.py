@@ -1,6 +1,7 @@
 """The configuration: what is demanded, what is refused and in which words, and where the values come from."""
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import jwt
 import pytest
+from dotenv import dotenv_values
 
 from aistream.app import create_app
 from aistream.config import Config, manual, settings
 from aistream.endpoints import ANTHROPIC_URL, OPENAI_URL
 from aistream.environment import load
 from aistream.errors import ConfigError
+from aistream.installation import VARIABLES
 from aistream.parse import RedisAddress, origin_of
 from aistream.tokens import Caller, Tokens
 from tests.conftest import make_config, missing
@@ -53,7 +56,7 @@ def test_the_manual_is_what_env_example_says() -> None:
 def test_the_manual_holds_every_setting_once_and_a_default_that_is_accepted() -> None:
     lines = [line.lstrip("#") for line in manual().splitlines() if "=" in line and line.lstrip("#")[:1].isupper()]
 
-    assert [line.partition("=")[0] for line in lines] == list(settings())
+    assert [line.partition("=")[0] for line in lines] == [*settings(), *(variable.name for variable in VARIABLES)]
     assert Config.from_env({**dict(line.split("=", 1) for line in lines), **PRODUCTION}) == production()
 
 
@@ -657,6 +660,20 @@ def test_repr_shows_no_secret() -> None:
     assert "https://ai.test/chat" in shown
 
 
+# ---- How long a stop may take ----
+
+
+@pytest.mark.parametrize("grace", ["", "135", "150"])
+def test_a_stop_that_outlasts_the_drain_is_long_enough(grace: str) -> None:
+    assert production(STOP_GRACE_SECONDS=grace).drain_seconds == 120
+
+
+def test_a_stop_that_would_kill_a_drain_in_the_middle_is_refused() -> None:
+    assert faults({**PRODUCTION, "STOP_GRACE_SECONDS": "150", "DRAIN_SECONDS": "300"}) == [
+        "STOP_GRACE_SECONDS is 150: expected at least 315, DRAIN_SECONDS and 15 more, or a drain is killed in the middle"
+    ]
+
+
 # ---- Where the values come from ----
 
 
@@ -774,6 +791,7 @@ def test_make_env_writes_an_env_in_which_only_the_provider_keys_are_missing(chec
     assert "OPENAI_API_KEY or ANTHROPIC_API_KEY" in written.stdout
     assert stat.S_IMODE((checkout / ".env").stat().st_mode) == 0o600
     assert len(config.jwt_secret) == 64 and len(config.callback_secret) == 32 and not config.dev_mode
+    assert config.redis_url == ""  # docker-compose.yml has one of its own
     assert (answer.status_code, (answer.json or {})["code"]) == (400, "provider_not_configured")
     assert "set OPENAI_API_KEY" in (answer.json or {})["detail"]
 
@@ -792,6 +810,23 @@ def test_make_env_writes_other_secrets_each_time_and_replaces_none(checkout: Pat
     assert load({}, checkout).jwt_secret != first.jwt_secret
     assert load({}, checkout).callback_secret != first.callback_secret
     assert load({}, checkout).callback_headers != first.callback_headers != ()
+
+
+def test_an_env_on_standard_output_is_the_same(checkout: Path, run: Run) -> None:
+    printed = run("-m", "aistream.environment", "-")
+
+    (checkout / ".env").write_text(printed.stdout)
+    values = dotenv_values(checkout / ".env")
+    made = {variable.name: values[variable.name] or "" for variable in VARIABLES if not variable.default}
+    assert load({}, checkout).callback_headers[0][0] == "X-Aistream-Key"
+    assert len(set(made.values())) == len(made) == 5
+    assert all(re.fullmatch(r"[0-9a-f]{48}", secret) for secret in made.values())
+
+
+def test_what_is_printed_is_written_nowhere_else(checkout: Path, run: Run) -> None:
+    run("-m", "aistream.environment", "-")
+
+    assert not (checkout / ".env").exists()
 
 
 @pytest.mark.parametrize(

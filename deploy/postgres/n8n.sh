@@ -18,6 +18,6 @@ REVOKE ALL ON DATABASE n8n, postgres, template1 FROM PUBLIC;
 GRANT CONNECT, TEMPORARY ON DATABASE n8n TO n8n;
 ALTER SCHEMA public OWNER TO n8n;
 REVOKE ALL ON SCHEMA public FROM PUBLIC;
--- n8n's migrations ask for it, and may not make it themselves.
+-- n8n asks for it at every start, and would warn that it may not make it.
 CREATE EXTENSION IF NOT EXISTS "uuid-ossp" WITH SCHEMA public;
 SQL
