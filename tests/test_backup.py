@@ -52,9 +52,9 @@ class Installation:
         folder = self._folder / f"redis-{number}"
         folder.mkdir(exist_ok=True)
         service = SERVICES[name]
-        command = [own_redis.program() or "", *(part.replace("6381", str(self.port)) for part in service["command"][1:])]
+        options = [part.replace("6381", str(self.port)) for part in service["command"][1:]]
         return Container(
-            command,
+            [own_redis.program() or "", *options, "--bind", "127.0.0.1"],
             compose.environment(service, ENV),
             uid=int(service["user"].partition(":")[0]),
             folder=folder,
