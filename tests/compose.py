@@ -201,9 +201,9 @@ class Container:
         if os.geteuid() != 0:
             return []  # the sandbox has made it that user
         user = ["--reuid", str(self._uid), "--regid", str(self._uid), "--clear-groups"]
-        # A change of user forgets what --die-with-parent has asked for.
-        rights = ["--inh-caps=-all", "--bounding-set=-all", "--no-new-privs", "--pdeathsig", "KILL"]
-        return ["setpriv", *user, *rights, "--"]
+        rights = ["--inh-caps=-all", "--bounding-set=-all", "--no-new-privs"]
+        # A change of user forgets what --die-with-parent has asked for: it is asked for again, by the other user.
+        return ["setpriv", *user, *rights, "--", "setpriv", "--pdeathsig", "KILL", "--"]
 
 
 def _sandbox(uid: int, mounts: Mapping[str, Path], volumes: Mapping[str, Path], tmpfs: Sequence[str]) -> list[str]:
