@@ -158,7 +158,10 @@ class Container:
             assert more, self.log
             said += more
         os.close(told)
-        self.pid = int(json.loads(said)["child-pid"])
+        first = int(json.loads(said)["child-pid"])
+        children = Path(f"/proc/{first}/task/{first}/children")
+        self.wait_until(lambda: children.read_text().strip())
+        self.pid = int(children.read_text())
 
     def run(self, command: Sequence[str], timeout: float = 20.0) -> "subprocess.CompletedProcess[str]":
         """Runs this too, in the same surroundings, as `docker exec` and a health check do."""
@@ -201,13 +204,12 @@ class Container:
         if os.geteuid() != 0:
             return []  # the sandbox has made it that user
         user = ["--reuid", str(self._uid), "--regid", str(self._uid), "--clear-groups"]
-        rights = ["--inh-caps=-all", "--bounding-set=-all", "--no-new-privs"]
-        # A change of user forgets what --die-with-parent has asked for: it is asked for again, by the other user.
-        return ["setpriv", *user, *rights, "--", "setpriv", "--pdeathsig", "KILL", "--"]
+        return ["setpriv", *user, "--inh-caps=-all", "--bounding-set=-all", "--no-new-privs", "--"]
 
 
 def _sandbox(uid: int, mounts: Mapping[str, Path], volumes: Mapping[str, Path], tmpfs: Sequence[str]) -> list[str]:
-    options = ["--die-with-parent"]
+    # Its first process dies with the tests, and with that one all others, whoever they run as.
+    options = ["--die-with-parent", "--unshare-pid"]
     if os.geteuid() != 0:
         options += ["--unshare-user", "--uid", str(uid), "--gid", str(uid)]
     for path in _SYSTEM:
@@ -215,7 +217,7 @@ def _sandbox(uid: int, mounts: Mapping[str, Path], volumes: Mapping[str, Path], 
             options += ["--symlink", os.readlink(path), path]
         elif Path(path).exists():
             options += ["--ro-bind", path, path]
-    options += ["--ro-bind", "/proc", "/proc", "--dev", "/dev", "--perms", "1777", "--tmpfs", "/dev/shm"]
+    options += ["--proc", "/proc", "--dev", "/dev", "--perms", "1777", "--tmpfs", "/dev/shm"]
     for entry in tmpfs:
         options += ["--perms", "1777", "--tmpfs", entry.partition(":")[0]]
     # Python itself, wherever this machine has it.
