@@ -54,7 +54,7 @@ def test_every_row_of_what_is_kept_has_its_test_or_a_reason() -> None:
 def test_what_is_kept_names_settings_and_keys_that_there_are() -> None:
     kept = rows(ROOT / "docs" / "operations.md", "What is kept, where and how long")
     settings_named = {name for row in kept for name in re.findall(r"`([A-Z][A-Z_]+_[A-Z_]+)`", row[3])}
-    keys_named = {key for row in kept for key in re.findall(r"`([a-z]+)(?::<\w+>)?`", row[1])}
+    keys_named = {key for row in kept for key in re.findall(r"`([a-z]+)(?::<\w+>)*`", row[1])}
     map_of_keys = (ROOT / "aistream" / "scripts.py").read_text().partition('"""')[2].partition('"""')[0]
 
     assert {name for name in settings_named if not name.startswith("EXECUTIONS_")} - settings().keys() == set()
