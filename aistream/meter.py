@@ -112,8 +112,8 @@ class Meter:
     def facts(self) -> dict[str, float]:
         """What of the configuration alerts and panels compare with."""
         config = self._config
-        names = ("drain_seconds", "lease_seconds", "max_stream_seconds", "max_viewers_per_session", "web_concurrency")
-        return {name: float(getattr(config, name)) for name in names}
+        names = ("drain_seconds", "lease_seconds", "max_stream_seconds", "max_streams_per_worker", "max_viewers_per_session")
+        return {name: float(getattr(config, name)) for name in (*names, "web_concurrency")}
 
 
 def _started_at() -> float:
