@@ -12,7 +12,7 @@ import pytest
 
 from tests.neighbours.provider import ProviderServer
 from tests.neighbours.receiver import HANG, Receiver
-from tests.service import SECRET, Event, Service, n8n_token, text_of, wait_until, watch
+from tests.service import SECRET, Event, Service, n8n_token, session_in, text_of, wait_until, watch
 
 StartService = Callable[..., Service]
 EVENT_STREAM = {"Accept": "text/event-stream"}
@@ -41,6 +41,21 @@ def test_text_mode_is_what_a_plain_eventsource_needs(service: Service) -> None:
     assert answer.headers["X-Accel-Buffering"] == "no"
     assert answer.headers["Referrer-Policy"] == "no-referrer"
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_whoever_only_checks_the_link_starts_nothing(service: Service) -> None:
+    url = service.stream_url(model="echo", prompt="one two")
+
+    checked = httpx.head(url, headers=EVENT_STREAM)
+    bad = httpx.head(url.split("?")[0])
+
+    session = httpx.get(f"{service.url}/sessions/{session_in(url)}", headers={"Authorization": f"Bearer {n8n_token()}"}).json()
+    assert (checked.status_code, checked.headers["Content-Type"], bad.status_code) == (
+        200,
+        "text/event-stream; charset=utf-8",
+        401,
+    )
+    assert session["status"] == "pending"
 
 
 def test_json_mode_says_everything_as_objects(service: Service) -> None:

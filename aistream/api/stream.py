@@ -37,6 +37,8 @@ class CancelAnswer(msgspec.Struct, frozen=True, kw_only=True, rename={"stream_id
 def watch(session_id: str) -> Response:
     """Everything after the cursor, then live. The first to come starts the generation; 204 for who has seen the ending."""
     session_id = _allowed(session_id)
+    if request.method == "HEAD":
+        return _events(Response())  # whoever checks a link watches nothing, and starts nothing
     if parts().background.draining and request.headers.get("X-Retry-Elsewhere"):
         raise Draining  # to a balancer that has no health checks: it asks another replica, and no browser ever sees this
     cursor = Cursor.parse(request.headers.get("Last-Event-ID") or request.args.get("last_event_id"))
