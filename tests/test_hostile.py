@@ -40,7 +40,7 @@ VIEWERS = ("viewers that read nothing", "viewers out of reach")
 STRANGERS = ("streams without a token", "connections that end at once", "floods of heads")
 #: Those that take all the CPU there is come alone.
 TOGETHER = [HELD, VIEWERS, STRANGERS, ("bodies that are none",), ("pipelined requests",)]
-KEPT = {"GUNICORN_CMD_ARGS": "--keep-alive 1"}
+KEPT = {"GUNICORN_CMD_ARGS": "--keep-alive 1", "UNAUTHORIZED_RATE_LIMIT": "off"}
 
 
 @pytest.fixture(scope="module")

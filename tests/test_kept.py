@@ -93,7 +93,7 @@ def test_texts_go_with_the_replay_and_tokens_are_never_kept(
         assert "kept-subject" in then and n8n.origin in then
         assert [text for text in never if text in at_first + file_at_first + then] == []
         assert [text for text in [*texts, *never, "kept-path"] if text in service.log] == []
-        assert at_last == {"tick", "init"}
+        assert at_last == {"tick", "init", "limit"}
 
 
 def ended(store: Store, session_id: str) -> Claimed:

@@ -217,7 +217,7 @@ def given(service: Service, n8n: Receiver) -> dict[str, Any]:
     for session_id, state in zip(sessions, ("delivered", "dead"), strict=False):
         wait_until(lambda path=f"/sessions/{session_id}", state=state: (callback(service, path) or {}).get("state") == state)
     unknown = str(uuid.uuid4())
-    signs = Tokens(make_config())
+    signs = Tokens(make_config(), time.time)
     tokens = {session_id: signs.sign_viewer(session_id, int(time.time()) + 600) for session_id in (*sessions, unknown)}
     # While the store is young it says of an unknown session that it may have been lost: 503, to be asked again.
     wait_until(lambda: service.post(f"/stream/{unknown}/cancel", tokens[unknown]).status_code == 404)

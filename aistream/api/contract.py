@@ -279,8 +279,13 @@ def _header(text: str, schema: Json, *, required: bool = True) -> Json:
 HEADERS = {
     "X-Request-ID": _header("The request's own id if it had one, or a new one.", {"type": "string"}),
     "Retry-After": _header("Seconds to wait.", {"type": "integer", "minimum": 0}),
-    "RateLimit": _header('What is left of each quota, and the seconds until it is whole again: `"init";r=11;t=30`.', _TEXT),
-    "RateLimit-Policy": _header('The quotas: `"init";q=12;w=60` (draft-ietf-httpapi-ratelimit-headers).', _TEXT),
+    "RateLimit": _header(
+        'What is left of each quota, and the seconds until it is whole again: `"init";r=11;t=30`. Not where an `Idempotency-Key` '
+        "had begun the stream before.",
+        _TEXT,
+        required=False,
+    ),
+    "RateLimit-Policy": _header('The quotas: `"init";q=12;w=60` (draft-ietf-httpapi-ratelimit-headers).', _TEXT, required=False),
     "WWW-Authenticate": _header("RFC 6750.", {"type": "string", "pattern": "^Bearer"}),
     "Idempotent-Replayed": _header(
         "`true` where the `Idempotency-Key` had begun the stream before.", {"type": "string", "const": "true"}, required=False
