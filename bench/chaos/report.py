@@ -80,13 +80,14 @@ def log_by_session(path: Path) -> dict[str, list[tuple[float, str]]]:
 
 
 def errors_in_log(path: Path) -> Counter[str]:
-    """The service's own errors by name: none is expected, and each is worth a look."""
+    """The service's own errors by name: none is expected, and each is worth a look. Workers that were killed are no news."""
     found: Counter[str] = Counter()
     for line in path.read_text(errors="replace").splitlines():
         if line.startswith("Traceback"):
             found["Traceback"] += 1
         with contextlib.suppress(ValueError, KeyError, TypeError):
             said = json.loads(line)
-            if said["level"] == "error" and said["event"] != "callback.attempted":
-                found[f"{said['event']} ({said.get('exception', '')})"] += 1
+            killed = said["event"] == "gunicorn.said" and " was sent SIG" in said["message"]
+            if said["level"] == "error" and said["event"] != "callback.attempted" and not killed:
+                found[f"{said['event']} ({said.get('error', '')})"] += 1
     return found
