@@ -17,6 +17,9 @@ class Variable:
     doc: str
 
 
+#: The address of whatever browsers come to.
+EVERYWHERE = "0.0.0.0"  # nosec B104
+
 VARIABLES = (
     Variable(
         "AISTREAM_TAG",
@@ -63,7 +66,7 @@ VARIABLES = (
     Variable("BALANCER_PORT", "8080", "Profile scale: the balancer's port on the host. BASE_URL must lead to it."),
     Variable(
         "TLS_BIND_ADDRESS",
-        "0.0.0.0",
+        EVERYWHERE,
         "Profile tls: the host's address that nginx's ports are published on. Set TRUSTED_PROXIES=1.",
     ),
     Variable("HTTPS_PORT", "443", "Profile tls: nginx's port for HTTPS on the host."),

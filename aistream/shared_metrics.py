@@ -125,10 +125,10 @@ def _class_of_files() -> Any:
     patches them.
     """
     package = importlib.util.find_spec("prometheus_client")
-    assert package is not None and package.submodule_search_locations
+    assert package is not None and package.submodule_search_locations  # nosec B101  # for mypy
     path = Path(package.submodule_search_locations[0], "mmap_dict.py")
     spec = importlib.util.spec_from_file_location("prometheus_client_mmap_dict", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None and spec.loader is not None  # nosec B101  # for mypy
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.MmapedDict

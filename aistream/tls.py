@@ -23,7 +23,7 @@ def context(config: Config) -> ssl.SSLContext:
         if config.redis_cert_file:
             name, expected = "REDIS_CERT_FILE", "a certificate (PEM), with its private key in it or in REDIS_KEY_FILE"
             # Without a word a key with a passphrase would ask for it on the terminal.
-            made.load_cert_chain(config.redis_cert_file, config.redis_key_file or None, password="")
+            made.load_cert_chain(config.redis_cert_file, config.redis_key_file or None, password="")  # nosec B106
     except OSError as error:  # of which ssl.SSLError is one
         said = error.reason if isinstance(error, ssl.SSLError) and error.reason else error.strerror or "it has another form"
         raise ConfigError([f"{name} cannot be used ({said}): expected {expected}"]) from error
