@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -424,80 +424,83 @@ class Config:
             default_model=config.default_model or ("echo" if config.dev_mode and not config.openai_api_key else "gpt-4"),
         )
 
-    def _demands(self) -> list[tuple[str, str]]:
+    def _demands(self) -> Iterator[tuple[str, str]]:
         """What the settings must fulfil together: (variable, what is wrong with it)."""
-        found: list[tuple[str, str]] = []
+        yield from self._of_secrets()
+        names = [endpoint.name for endpoint in self.endpoints]
+        if self.default_provider not in ("", "echo", *names):
+            yield "DEFAULT_PROVIDER", f"is {self.default_provider!r}: expected one of {', '.join(names)}"
+        yield from self._of_redis()
+        yield from self._of_sizes_and_times()
+        if self.web_concurrency > 1 and self.embedded_store:
+            yield (
+                "WEB_CONCURRENCY",
+                f"is {self.web_concurrency}: expected 1, or REDIS_URL: workers cannot share the embedded store",
+            )
+        if self.metrics_port == self.port:
+            yield "METRICS_PORT", f"is {self.metrics_port}: expected another than PORT"
+        yield from self._of_dev_mode() if self.dev_mode else self._of_production()
+
+    def _of_secrets(self) -> Iterator[tuple[str, str]]:
         if not self.jwt_secret:
-            found.append(("JWT_SECRET", "is not set: expected at least 32 random bytes (make env writes a .env with one)"))
+            yield "JWT_SECRET", "is not set: expected at least 32 random bytes (make env writes a .env with one)"
         size = int(self.jwt_algorithm[2:]) // 8
         for name, secret in (("JWT_SECRET", self.jwt_secret), ("JWT_SECRET_PREVIOUS", self.jwt_secret_previous)):
             if secret and len(secret.encode()) < size:
                 # RFC 7518 3.2; PyJWT warns at each token otherwise.
-                text = f"has {len(secret.encode())} bytes: expected at least {size} random bytes for {self.jwt_algorithm}"
-                found.append((name, text))
-        names = [endpoint.name for endpoint in self.endpoints]
-        if self.default_provider not in ("", "echo", *names):
-            found.append(("DEFAULT_PROVIDER", f"is {self.default_provider!r}: expected one of {', '.join(names)}"))
-        address = self.redis_address
-        for name, value in (
-            ("REDIS_CA_FILE", self.redis_ca_file),
-            ("REDIS_CERT_FILE", self.redis_cert_file),
-            ("REDIS_KEY_FILE", self.redis_key_file),
-        ):
-            if value and not (address and address.tls):
-                found.append((name, f"is {value!r}: expected a REDIS_URL of rediss:// or rediss+sentinel:// beside it"))
-        if self.redis_key_file and not self.redis_cert_file:
-            found.append(("REDIS_KEY_FILE", f"is {self.redis_key_file!r}: expected REDIS_CERT_FILE beside it"))
-        for name, value in (
-            ("REDIS_SENTINEL_USERNAME", self.redis_sentinel_username),
-            ("REDIS_SENTINEL_PASSWORD", self.redis_sentinel_password),
-        ):
-            if value and not (address and address.master):
-                found.append((name, "is set: expected a REDIS_URL of redis+sentinel:// or rediss+sentinel:// beside it"))
-        if self.redis_sentinel_username and not self.redis_sentinel_password:
-            found.append(("REDIS_SENTINEL_USERNAME", "is set alone: expected REDIS_SENTINEL_PASSWORD beside it"))
+                yield name, f"has {len(secret.encode())} bytes: expected at least {size} random bytes for {self.jwt_algorithm}"
         if self.callback_secret_previous and not self.callback_secret:
-            found.append(("CALLBACK_SECRET_PREVIOUS", "is set alone: expected CALLBACK_SECRET beside it"))
+            yield "CALLBACK_SECRET_PREVIOUS", "is set alone: expected CALLBACK_SECRET beside it"
+
+    def _of_redis(self) -> Iterator[tuple[str, str]]:
+        address = self.redis_address
+        files = {
+            "REDIS_CA_FILE": self.redis_ca_file,
+            "REDIS_CERT_FILE": self.redis_cert_file,
+            "REDIS_KEY_FILE": self.redis_key_file,
+        }
+        for name, value in files.items():
+            if value and not (address and address.tls):
+                yield name, f"is {value!r}: expected a REDIS_URL of rediss:// or rediss+sentinel:// beside it"
+        if self.redis_key_file and not self.redis_cert_file:
+            yield "REDIS_KEY_FILE", f"is {self.redis_key_file!r}: expected REDIS_CERT_FILE beside it"
+        login = {
+            "REDIS_SENTINEL_USERNAME": self.redis_sentinel_username,
+            "REDIS_SENTINEL_PASSWORD": self.redis_sentinel_password,
+        }
+        for name, value in login.items():
+            if value and not (address and address.master):
+                yield name, "is set: expected a REDIS_URL of redis+sentinel:// or rediss+sentinel:// beside it"
+        if self.redis_sentinel_username and not self.redis_sentinel_password:
+            yield "REDIS_SENTINEL_USERNAME", "is set alone: expected REDIS_SENTINEL_PASSWORD beside it"
+
+    def _of_sizes_and_times(self) -> Iterator[tuple[str, str]]:
         # JSON writes a control character of the answer as six bytes; the prompt and what is echoed came in with the body.
         largest = 6 * self.max_answer_bytes + self.max_body_bytes
         if largest > _CALLBACK_BYTES:
             text = f"is {self.max_body_bytes}: expected at most {_CALLBACK_BYTES - 6 * self.max_answer_bytes}"
-            found.append(("MAX_BODY_BYTES", f"{text} beside MAX_ANSWER_BYTES, or n8n refuses a callback for its size"))
+            yield "MAX_BODY_BYTES", f"{text} beside MAX_ANSWER_BYTES, or n8n refuses a callback for its size"
         if 0 < self.stop_grace_seconds < self.drain_seconds + DRAIN_MARGIN:
             least = f"at least {self.drain_seconds + DRAIN_MARGIN:g}, DRAIN_SECONDS and {DRAIN_MARGIN} more"
-            found.append(
-                ("STOP_GRACE_SECONDS", f"is {self.stop_grace_seconds:g}: expected {least}, or a drain is killed in the middle")
-            )
-        if self.web_concurrency > 1 and self.embedded_store:
-            found.append(
-                (
-                    "WEB_CONCURRENCY",
-                    f"is {self.web_concurrency}: expected 1, or REDIS_URL: workers cannot share the embedded store",
-                )
-            )
-        if self.metrics_port == self.port:
-            found.append(("METRICS_PORT", f"is {self.metrics_port}: expected another than PORT"))
-        if self.dev_mode:
-            if self.metrics_host not in {"", *parse.LOOPBACK_HOSTS}:
-                found.append(("METRICS_HOST", f"is {self.metrics_host!r}: expected 127.0.0.1 in DEV_MODE"))
-            if self.host not in parse.LOOPBACK_HOSTS:
-                found.append(
-                    (
-                        "HOST",
-                        f"is {self.host!r}: expected 127.0.0.1, since DEV_MODE opens doors that no network may see",
-                    )
-                )
-            return found
+            text = f"is {self.stop_grace_seconds:g}: expected {least}, or a drain is killed in the middle"
+            yield "STOP_GRACE_SECONDS", text
+
+    def _of_dev_mode(self) -> Iterator[tuple[str, str]]:
+        if self.metrics_host not in {"", *parse.LOOPBACK_HOSTS}:
+            yield "METRICS_HOST", f"is {self.metrics_host!r}: expected 127.0.0.1 in DEV_MODE"
+        if self.host not in parse.LOOPBACK_HOSTS:
+            yield "HOST", f"is {self.host!r}: expected 127.0.0.1, since DEV_MODE opens doors that no network may see"
+
+    def _of_production(self) -> Iterator[tuple[str, str]]:
         for name, secret in (("JWT_SECRET", self.jwt_secret), ("JWT_SECRET_PREVIOUS", self.jwt_secret_previous)):
             if _PLACEHOLDERS.search(secret):
-                found.append((name, "is a placeholder: expected at least 32 random bytes"))
+                yield name, "is a placeholder: expected at least 32 random bytes"
         if not self.base_url:
-            found.append(("BASE_URL", "is not set: expected the address browsers use, such as https://ai.example.com"))
+            yield "BASE_URL", "is not set: expected the address browsers use, such as https://ai.example.com"
         if not self.resume_url_allowed_origins:
-            found.append(("RESUME_URL_ALLOWED_ORIGINS", "is not set: expected n8n's origin, such as http://n8n:5678"))
+            yield "RESUME_URL_ALLOWED_ORIGINS", "is not set: expected n8n's origin, such as http://n8n:5678"
         if self.default_provider == "echo":
-            found.append(("DEFAULT_PROVIDER", "is 'echo': expected openai or anthropic, since echo exists in DEV_MODE only"))
-        return found
+            yield "DEFAULT_PROVIDER", "is 'echo': expected openai or anthropic, since echo exists in DEV_MODE only"
 
     @property
     def embedded_store(self) -> bool:
