@@ -12,25 +12,39 @@ from gevent import monkey
 
 
 class RealEvent:
-    """threading.Event between threads of the system: what xdist's queue of tests asks of one. Set and cleared under its lock."""
+    """threading.Event between threads of the system: what xdist's queue of tests, and execnet's end, ask of one.
+
+    Set and cleared under their own locks.
+    """
 
     def __init__(self) -> None:
-        self._closed: Any = monkey.get_original("_thread", "allocate_lock")()
-        self._closed.acquire()
+        self._set = False
+        #: Held while it is not set, and by whoever passes.
+        self._gate: Any = monkey.get_original("_thread", "allocate_lock")()
+        self._gate.acquire()
 
     def set(self) -> None:
         """Lets `wait` return."""
-        if self._closed.locked():
-            self._closed.release()
+        if not self._set:
+            self._set = True
+            self._gate.release()
 
     def clear(self) -> None:
         """Has `wait` wait again."""
-        self._closed.acquire(blocking=False)
+        if self._set:
+            self._set = False
+            self._gate.acquire()
 
-    def wait(self) -> None:
-        """Returns once it is set."""
-        with self._closed:
-            pass
+    def is_set(self) -> bool:
+        """Whether `wait` returns at once."""
+        return self._set
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Whether it is set, once it is, or after so many seconds."""
+        passes: bool = self._gate.acquire(timeout=-1 if timeout is None else timeout)
+        if passes:
+            self._gate.release()
+        return passes
 
 
 def use_real_threads() -> None:
