@@ -22,6 +22,8 @@ from aistream.config import Config
 
 #: Characters of one text in a line; what is longer is cut.
 MAX_CHARS = 500
+#: Libraries whose lines below warnings hold prompts and whole URLs. OPENAI_LOG and ANTHROPIC_LOG may have asked for them.
+TALKATIVE = ("openai", "anthropic", "httpx2", "httpcore2", "urllib3")
 #: Innermost frames of an exception that are told.
 MAX_FRAMES = 8
 
@@ -132,8 +134,6 @@ def take_over(log: Any, hub: Any, *, as_text: bool) -> None:
     """
     logging.basicConfig(handlers=[Foreign(as_text=as_text)], level=logging.WARNING, force=True)
     logging.captureWarnings(True)
-    for name in ("openai", "anthropic", "httpx2", "httpcore2", "urllib3"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # OPENAI_LOG and ANTHROPIC_LOG may have asked for more
     # Each of these would print the exception's message, and gevent the arguments of the greenlet as well.
     hub.print_exception = lambda _context, kind, error, _trace: log.error("greenlet.broke", error=error or kind())
     sys.unraisablehook = lambda unraisable: log.error("exception.ignored", error=unraisable.exc_value)

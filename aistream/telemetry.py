@@ -35,9 +35,8 @@ def configure(config: Config) -> None:
         logger_factory=structlog.WriteLoggerFactory(file=cast(TextIO, loglines.Stdout())),
         cache_logger_on_first_use=False,
     )
-    # The HTTP client's own line holds whole URLs.
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
-    logging.getLogger("urllib3").setLevel(logging.WARNING)
+    for name in loglines.TALKATIVE:
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def own_process(config: Config, hub: Any) -> None:
