@@ -46,7 +46,9 @@ control_socket_disable = True
 
 
 def on_starting(server):
-    """Refuses what the configuration could not see, workers given on gunicorn's command line; makes room for their metrics."""
+    """Refuses what the configuration could not see, given on gunicorn's command line; makes room for the workers' metrics."""
+    if server.cfg.is_ssl:
+        sys.exit("aistream cannot start with gunicorn's certfile: it speaks plain HTTP, and TLS ends at the proxy before it")
     if service.embedded_store and server.cfg.workers > 1:
         sys.exit(f"aistream cannot start {server.cfg.workers} workers without REDIS_URL: they cannot share the embedded store")
     shared_metrics.make()

@@ -850,8 +850,13 @@ def test_what_is_printed_is_written_nowhere_else(checkout: Path, run: Run) -> No
             {"DEV_MODE": "true"},
             "aistream cannot start 2 workers without REDIS_URL: they cannot share the embedded store\n",
         ),
+        (
+            ["--certfile", "wsgi.py", "-b", "127.0.0.1:0"],
+            {"DEV_MODE": "true"},
+            "aistream cannot start with gunicorn's certfile: it speaks plain HTTP, and TLS ends at the proxy before it\n",
+        ),
     ],
-    ids=["bad values", "WEB_CONCURRENCY=2", "-w 2"],
+    ids=["bad values", "WEB_CONCURRENCY=2", "-w 2", "--certfile"],
 )
 def test_gunicorn_says_why_it_cannot_start(run: Run, args: list[str], environ: dict[str, str], message: str) -> None:
     process = run("-m", "gunicorn", *args, "wsgi:app", **environ)
