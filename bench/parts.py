@@ -76,7 +76,8 @@ def _compared(rig: Rig, start: Callable[[], AbstractContextManager[Server]], qui
             "light": light.summary(),
             "setup_ms": per_stream_ms(steady, short),
             "session_ms": short.whole.both / short.load.streams * 1000,
-            "saturation": _saturation(rig, server, 0.7e6 / steady.token_us, quick),
+            # The kernel counts CPU time in hundredths of a second: a short run may have taken none.
+            "saturation": _saturation(rig, server, 0.7e6 / max(steady.token_us, 1.0), quick),
         }
 
 
