@@ -347,11 +347,14 @@ def _replay_over(ended: Ended) -> Refused:
 
 
 def refusal_frame(refused: Refused, cursor: Cursor | None, mode: Mode) -> bytes:
-    """The refusal as a browser can see it, which counts as told. Its id, where the code is final, brings 204 at the next try."""
+    """The refusal as a browser can see it, which counts as told.
+
+    Only one that is final has an id, which brings 204 at the next try: by that a client tells it from one that may pass.
+    """
     metrics.viewer_refused(refused.code)
     if refused.limit:
         metrics.limited(refused.limit)
-    event_id = refused.event_id or (str(cursor) if cursor else None)
+    event_id = refused.event_id or (str(cursor) if cursor and refused.final else None)
     return error_frame(Failed(refused.code, refused.detail, not refused.final), event_id, typed=mode == "json")
 
 
