@@ -354,9 +354,10 @@ class Generations:
 
         It waits for its first viewer, unless it is to start immediately. Raises Limited and StoreUnavailable.
         """
-        if self.full:
+        full = self.full
+        if full and key is None:
             raise Overloaded
-        accepted = self.store.create(session_id, subject, request, resume_url, key, quotas)
+        accepted = self.store.create(session_id, subject, request, resume_url, key, quotas, room=not full)
         if accepted is None or accepted.id != session_id:
             return accepted
         self._recall.accepted(accepted)

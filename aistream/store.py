@@ -12,7 +12,7 @@ import redis
 
 from aistream.config import Config
 from aistream.connections import Connections, connect
-from aistream.errors import Limited
+from aistream.errors import Limited, Overloaded
 from aistream.events import Cursor, Ending, Event, from_entry, to_entry
 from aistream.outbox import Outbox
 from aistream.parse import origin_of
@@ -158,22 +158,27 @@ class Store:
         resume_url: str,
         key: IdempotencyKey | None = None,
         quotas: Quotas | None = None,
+        *,
+        room: bool = True,
     ) -> Accepted | None:
         """A new pending session. Idempotent by id, and by `key`: used again for the same body, it gives the session it began;
         for another, None.
 
         One that waits for no viewer is claimed by whoever accepted it; a lease later, by whoever is alive. A new one counts
-        against `quotas`, which are told what is left; Limited where one is used up, or the subject has too many pending.
+        against `quotas`, which are told what is left; Limited where one is used up, or the subject has too many pending, and
+        Overloaded where there is no `room` for a new one.
         """
         accepted = Accepted(session_id, subject, request, resume_url, created_at=0, deadline=0, key=key)
-        found, created_at, deadline = self._create(accepted, "", "", quotas or Quotas())
+        found, created_at, deadline = self._create(accepted, "", "", quotas or Quotas(), room=room)
         return msgspec.structs.replace(accepted, id=found, created_at=created_at, deadline=deadline) if found else None
 
     def create_again(self, accepted: Accepted) -> None:
         """The session as it was accepted, where the store has lost it; nothing where it stands. It has been counted."""
         self._create(accepted, accepted.created_at, accepted.deadline, Quotas())
 
-    def _create(self, accepted: Accepted, created_at: int | str, deadline: int | str, quotas: Quotas) -> tuple[str, int, int]:
+    def _create(
+        self, accepted: Accepted, created_at: int | str, deadline: int | str, quotas: Quotas, *, room: bool = True
+    ) -> tuple[str, int, int]:
         waits_in = hashlib.sha256(accepted.subject.encode()).hexdigest()[:32]
         first, second, third, left = self._scripts.run(
             "create",
@@ -196,10 +201,13 @@ class Store:
                 session_key(""),
                 waits_in,
                 self._config.max_pending_sessions,
+                "1" if room else "",
                 *(part for quota in quotas.of for part in (quota.amount, milliseconds(quota.seconds))),
             ],
         )
         quotas.left = [Left(left[i], left[i + 1] / 1000) for i in range(0, len(left), 2)]
+        if first == b"full":
+            raise Overloaded
         if first == b"limited":
             raise _limited(quotas.of[second - 1] if second else None, third / 1000, self._config.max_pending_sessions)
         return first.decode(), int(second), int(third)

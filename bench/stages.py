@@ -47,7 +47,7 @@ STAGES = [HUB, READ, DECODE, LOG, FRAMES, SEND, WRITER, REDIS, INIT, VIEW, HTTP,
 NEUTRAL = [
     *("store", "scripts", "connections", "session", "tokens", "parse", "endpoints", "retry_after", "errors", "sockets", "worker"),
     *("patience", "turns"),
-    *("__init__", "__main__", "cli", "config", "installation", "environment", "kernel_limits", "tls"),
+    *("__init__", "__main__", "cli", "wsgi", "server", "config", "installation", "environment", "kernel_limits", "tls"),
 ]
 #: What a frame tells, by `function (path`. Modules of older commits and of newer ones stand side by side.
 _TELLING = [

@@ -320,6 +320,20 @@ def test_a_browser_for_whom_there_is_no_room_in_time_gets_the_reason(
     assert (told["code"], told["retryable"]) == ("overloaded", True)
 
 
+def test_an_init_that_is_said_again_to_a_full_worker_gets_the_stream_that_it_began(make_client: MakeClient) -> None:
+    client = make_client()
+    first = init(client, key="k")
+    fill(client)
+
+    again, new, other = init(client, key="k"), init(client, key="another"), init(client, key="k", prompt="Something else")
+
+    assert (again.status_code, again.get_json()["streamId"]) == (200, first.get_json()["streamId"])
+    assert [(one.status_code, one.get_json()["code"]) for one in (new, other)] == [
+        (503, "overloaded"),
+        (422, "idempotency_key_reused"),
+    ]
+
+
 def fill(client: FlaskClient) -> None:
     """Leaves its app no room for another answer."""
     generations = parts_of(client).generations

@@ -5,9 +5,10 @@
 --       8 '1' if it is cancelled when its last viewer has left, 9 and 10 created_at and deadline where it is said again, else '',
 --       11 the origin that its callback goes to, 12 and 13 digests of the idempotency key and of the body, or '',
 --       14 prefix of session keys (same slot), 15 what key 5 ends with, 16 most members that it may have,
---       17.. for each quota: its amount, its window in ms
+--       17 '' where there is no room for a new one, 18.. for each quota: its amount, its window in ms
 -- gives {id, created_at, deadline, left} in ms; the id is an earlier session's where the key was used for the same body, '' where
 --       it was used for another; left: for each quota what is left of it, ms until its window ends; nothing for an earlier session
+--       | {'full', 0, 0, {}} where it would be a new one, and there is no room
 --       | {'limited', number of the quota that is used up, or 0: too many pending, ms until it may be tried again, left}
 -- Atomic: a session without a deadline would never end, a deadline without a session would be an orphan, and two inits with one
 -- key must not both be the first. Only what is created counts, once: an init that one quota refuses takes nothing from another.
@@ -23,12 +24,15 @@ if ARGV[12] ~= '' then
     return { first[2] == ARGV[13] and first[1] or '', tonumber(earlier[1]), tonumber(earlier[2]), {} }
   end
 end
+if ARGV[17] == '' then
+  return { 'full', 0, 0, {} }
+end
 local now = now_ms()
 local left = {}
 if ARGV[9] == '' then
   local full, wait = nil, 0
   for i = 6, #KEYS do
-    local amount, window = tonumber(ARGV[2 * i + 5]), tonumber(ARGV[2 * i + 6])
+    local amount, window = tonumber(ARGV[2 * i + 6]), tonumber(ARGV[2 * i + 7])
     local used, ends_in = tonumber(redis.call('GET', KEYS[i])) or 0, redis.call('PTTL', KEYS[i])
     if used >= amount and ends_in > wait then
       full, wait = i - 5, ends_in
@@ -44,7 +48,7 @@ if ARGV[9] == '' then
   end
   for i = 6, #KEYS do
     if redis.call('INCR', KEYS[i]) == 1 then
-      redis.call('PEXPIRE', KEYS[i], ARGV[2 * i + 6])
+      redis.call('PEXPIRE', KEYS[i], ARGV[2 * i + 7])
     end
     left[2 * i - 11] = left[2 * i - 11] - 1
   end
