@@ -7,7 +7,7 @@ import time
 from flask import Flask
 
 from aistream import api, limits, telemetry
-from aistream.api import Parts, demo, health, init, openapi, operator, stream
+from aistream.api import Parts, client, demo, health, init, openapi, operator, stream
 from aistream.background import Background
 from aistream.config import Config
 from aistream.delivery import SENDERS, Delivery
@@ -49,7 +49,7 @@ def create_app(config: Config, *, store: Store | None = None) -> Flask:
     )
     api.init_app(app, config)
     limits.init_app(app, config)
-    for bp in (init.bp, stream.bp, health.bp, operator.bp):
+    for bp in (init.bp, stream.bp, client.bp, health.bp, operator.bp):
         app.register_blueprint(bp)
     if config.dev_mode:
         app.register_blueprint(demo.bp)

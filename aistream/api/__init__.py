@@ -201,9 +201,9 @@ def _finish_headers(response: Response) -> Response:
     response.headers["X-Request-ID"] = g.get("request_id", "")
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["Referrer-Policy"] = "no-referrer"
-    # No other page may embed what it may not read.
+    # No other page may embed what it may not read, but for what a route lets everybody embed.
     shared = "Access-Control-Allow-Origin" in response.headers
-    response.headers["Cross-Origin-Resource-Policy"] = "cross-origin" if shared else "same-origin"
+    response.headers.setdefault("Cross-Origin-Resource-Policy", "cross-origin" if shared else "same-origin")
     return response
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from aistream.api import health, init, operator, stream
+from aistream.api import client, health, init, operator, stream
 from aistream.callback import USER_AGENT
 from aistream.errors import Code
 
@@ -123,6 +123,7 @@ JSON mode (`format=json`) has an object per event (schema StreamEvent), then `[D
 With `Accept: text/event-stream` a refusal that a person should see (410, 429, 503) is a 200 with `event: error`: a browser \
 shows no other answer's body."""
 _TEXT: Json = {"type": "string"}
+_CODE = Answer("JavaScript", ("text/javascript", _TEXT), ("ETag",))
 
 OPERATIONS = (
     Operation(
@@ -161,6 +162,22 @@ OPERATIONS = (
         },
         ("id",),
         ("viewerToken", "viewerTokenInUrl"),
+    ),
+    Operation(
+        "getScript",
+        "GET /aistream.js",
+        client.script,
+        "Browser",
+        "Load the client as a script",
+        {200: _CODE},
+    ),
+    Operation(
+        "getModule",
+        "GET /aistream.mjs",
+        client.module,
+        "Browser",
+        "Load the client as a module",
+        {200: _CODE},
     ),
     Operation(
         "getSession",
@@ -286,6 +303,7 @@ HEADERS = {
         required=False,
     ),
     "RateLimit-Policy": _header('The quotas: `"init";q=12;w=60` (draft-ietf-httpapi-ratelimit-headers).', _TEXT, required=False),
+    "ETag": _header("Of the content, for `If-None-Match`: who has it gets 304.", _TEXT),
     "WWW-Authenticate": _header("RFC 6750.", {"type": "string", "pattern": "^Bearer"}),
     "Idempotent-Replayed": _header(
         "`true` where the `Idempotency-Key` had begun the stream before.", {"type": "string", "const": "true"}, required=False
