@@ -70,7 +70,25 @@ class Seen:
         return f"{parts.scheme}://{parts.netloc}"
 
 
-class Browser:
+class Tab:
+    """What tests ask of a page, whatever the browser: `value` evaluates, `complaints` is what stands in its console."""
+
+    complaints: list[str]
+
+    def value(self, expression: str, *args: Any) -> Any:
+        """What a JavaScript expression gives, promises awaited; `args` are in it as `args[0]`, …."""
+        raise NotImplementedError
+
+    def wait_for(self, expression: str, *args: Any, timeout: float = 15.0) -> Any:
+        """The value of a JavaScript expression as soon as it is true; AssertionError after `timeout` seconds."""
+        until = time.monotonic() + timeout
+        while not (value := self.value(expression, *args)):
+            assert time.monotonic() < until, f"not within {timeout} s: {expression}; complaints: {self.complaints}"
+            time.sleep(0.02)
+        return value
+
+
+class Browser(Tab):
     """One test's use of the browser: a tab to begin with, and everything asked and complained since then."""
 
     def __init__(self, chrome: Chrome) -> None:
@@ -87,8 +105,27 @@ class Browser:
             if handle != self._first:
                 self.chrome.close()
         self.chrome.switch_to.window(self._first)
+        self.chrome.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        self.chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
         self.chrome.get("about:blank")
         self._drain()
+
+    def device(self, width: int, height: int, *, dark: bool = False, calm: bool = False, scale: float = 1) -> None:
+        """What pages are shown on: its size in CSS pixels, and what its owner prefers. `calm`: no motion."""
+        metrics = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": width < 600}
+        self.chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        prefers = {
+            "prefers-color-scheme": "dark" if dark else "light",
+            "prefers-reduced-motion": "reduce" if calm else "no-preference",
+        }
+        features = [{"name": name, "value": value} for name, value in prefers.items()]
+        self.chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+    def violations(self, axe: str) -> list[str]:
+        """What axe-core, given as its source, has against the page: the rule, and where it is broken."""
+        self.chrome.execute_script(axe)
+        found = self.value("axe.run(document, { resultTypes: ['violations'] }).then(({ violations }) => violations)")
+        return [f"{one['id']}: {node['html']} {node['failureSummary']}" for one in found for node in one["nodes"]]
 
     def open(self, url: str) -> None:
         """Opens a page in this tab."""
@@ -123,14 +160,6 @@ class Browser:
         kind, text = self.chrome.execute_async_script(script % expression, args)
         assert kind == "value", text
         return json.loads(text)
-
-    def wait_for(self, expression: str, *args: Any, timeout: float = 15.0) -> Any:
-        """The value of a JavaScript expression as soon as it is true; AssertionError after `timeout` seconds."""
-        until = time.monotonic() + timeout
-        while not (value := self.value(expression, *args)):
-            assert time.monotonic() < until, f"not within {timeout} s: {expression}; complaints: {self.complaints}"
-            time.sleep(0.02)
-        return value
 
     def element(self, name: str) -> WebElement:
         """The page's element with this id."""
@@ -181,10 +210,11 @@ class Browser:
 
 
 class Pages:
-    """The static pages of `tests/pages`, on a port of their own, and so of another origin than the service."""
+    """The static pages of `tests/pages` and what a test adds, on a port of their own: of another origin than the service."""
 
     def __init__(self) -> None:
         self._server = Server(self._handle)
+        self._added: dict[str, bytes] = {}
 
     def __enter__(self) -> Self:
         self._server.start()
@@ -192,6 +222,10 @@ class Pages:
 
     def __exit__(self, *_: object) -> None:
         self._server.stop()
+
+    def add(self, name: str, page: str) -> None:
+        """Has one more page, of the test's own."""
+        self._added[name] = page.encode()
 
     def down(self) -> None:
         """Refuses connections, and keeps the port."""
@@ -207,7 +241,9 @@ class Pages:
 
     def _handle(self, connection: Connection, request: Request) -> None:
         page = PAGES / urlsplit(request.target).path.removeprefix("/")
-        if page.parent == PAGES and page.is_file():
+        if page.name in self._added:
+            connection.reply(200, [("Content-Type", _TYPES[".html"])], _with_its_script(self._added[page.name]))
+        elif page.parent == PAGES and page.is_file():
             connection.reply(200, [("Content-Type", _TYPES[page.suffix])], _with_its_script(page.read_bytes()))
         else:
             connection.reply(404, [("Content-Type", "text/plain")], b"no such page")

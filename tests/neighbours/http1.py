@@ -7,6 +7,7 @@ when a proxy or a process dies.
 """
 
 import contextlib
+import select
 import socket
 import ssl
 import struct
@@ -115,6 +116,12 @@ class Connection:
             if not data:
                 raise ClientGone("closed")
             self._buffer += data  # of a pipelined request: the client is still there
+
+    def wait_for(self, other: socket.socket) -> None:
+        """Returns when `other` has something to read, or its end; notices at once when the client closes."""
+        while other not in (ready := select.select([other, self._socket], [], [])[0]):
+            if self._socket in ready:
+                self._receive()  # of a pipelined request: the client is still there
 
     def close(self) -> None:
         """The polite ending: what was written arrives, then FIN."""
