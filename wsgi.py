@@ -1,26 +1,5 @@
 """The WSGI entry point: `gunicorn wsgi:app` in production, `flask run` for debugging."""
 
-from gevent import monkey
+from aistream.wsgi import app
 
-monkey.patch_all()
-
-import sys
-
-import gevent
-
-from aistream import kernel_limits, telemetry
-from aistream.app import create_app
-from aistream.environment import load
-from aistream.errors import ConfigError
-
-# Who has spawned a greenlet is for a debugger: noting it costs ten objects for each.
-gevent.config.track_greenlet_tree = False
-
-try:
-    config = load()
-    # For `flask run`; gunicorn's worker does it once more, with the number of connections that gunicorn was given.
-    kernel_limits.raise_descriptors(kernel_limits.demand(config).wanted)
-    app = create_app(config)
-    telemetry.own_process(config, gevent.get_hub())
-except ConfigError as error:
-    sys.exit(str(error))
+__all__ = ["app"]

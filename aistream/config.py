@@ -337,7 +337,7 @@ class Config:
         parse.whole(1, 1_000_000),
         "10000",
         "Answers being written at the same time, on each worker. At the limit it takes no init and begins none: 503, or for a "
-        "browser heartbeats until there is room. See README.md for the file descriptors that they need.",
+        "browser heartbeats until there is room. The file descriptors that they need: docs/operations.md.",
     )
     max_viewers_per_worker: int = _setting(
         parse.whole(1, 1_000_000),
@@ -391,6 +391,14 @@ class Config:
 
         Raises ConfigError that names every fault; the value of a secret is never in it.
         """
+        config, faults = cls.as_far_as_it_goes(environ, read)
+        if faults:
+            raise ConfigError(faults)
+        return config
+
+    @classmethod
+    def as_far_as_it_goes(cls, environ: Mapping[str, str], read: Callable[[str], str] | None = None) -> tuple[Config, list[str]]:
+        """The same, with every fault beside it: what cannot be used is at its default. Nothing may be served with such a one."""
         values: dict[str, Any] = {}
         faults: list[str] = []
         for name, setting in settings().items():
@@ -416,13 +424,12 @@ class Config:
         config = cls(**values, endpoints=found)
         named = {fault.split(" ", 1)[0] for fault in faults}
         faults += [f"{name} {text}" for name, text in config._demands() if name not in named]
-        if faults:
-            raise ConfigError(faults)
-        return dataclasses.replace(
+        config = dataclasses.replace(
             config,
             base_url=config.base_url or f"http://127.0.0.1:{config.port}",
             default_model=config.default_model or ("echo" if config.dev_mode and not config.openai_api_key else "gpt-4"),
         )
+        return config, faults
 
     def _demands(self) -> Iterator[tuple[str, str]]:
         """What the settings must fulfil together: (variable, what is wrong with it)."""
@@ -523,7 +530,8 @@ def settings() -> dict[str, Setting]:
     return {field.name.upper(): field.metadata["setting"] for field in dataclasses.fields(Config) if field.metadata}
 
 
-_SECTIONS = {
+#: The headings of the manual, each before the setting that it begins with.
+SECTIONS = {
     "JWT_SECRET": "Tokens",
     "BASE_URL": "Addresses and processes",
     "REDIS_URL": "Store",
@@ -543,8 +551,8 @@ def manual(values: Mapping[str, str] | None = None) -> str:
         "# A variable of the environment wins over .env. Empty means unset. Lines after a # are the defaults.",
     ]
     for name, setting in settings().items():
-        if name in _SECTIONS:
-            lines += ["", f"# ---- {_SECTIONS[name]} ----"]
+        if name in SECTIONS:
+            lines += ["", f"# ---- {SECTIONS[name]} ----"]
         lines += _entry(name, setting.default, setting.doc, values or {})
     lines += [
         "",

@@ -13,16 +13,26 @@ import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dotenv import dotenv_values
 
 from aistream import tls
 from aistream.config import Config, manual, settings
+from aistream.errors import ConfigError
 from aistream.installation import VARIABLES
 
 #: The folder of `wsgi.py`, `.env` and `.env.example`.
 ROOT = Path(__file__).resolve().parent.parent
+
+
+class Found(NamedTuple):
+    """What there is of a configuration. `file`: the `.env`, if it counts, and `in_file` the names in it."""
+
+    config: Config
+    faults: list[str]
+    file: Path | None
+    in_file: frozenset[str]
 
 
 def load(environ: Mapping[str, str] | None = None, root: Path | None = None) -> Config:
@@ -32,6 +42,14 @@ def load(environ: Mapping[str, str] | None = None, root: Path | None = None) -> 
     In DEV_MODE without JWT_SECRET a random one is made once and kept in `.dev-secret`, so that `make run`, `flask run` and
     `generate_token.py` agree on it. Raises ConfigError.
     """
+    found = look(environ, root, keep_secret=True)
+    if found.faults:
+        raise ConfigError(found.faults)
+    return found.config
+
+
+def look(environ: Mapping[str, str] | None = None, root: Path | None = None, *, keep_secret: bool = False) -> Found:
+    """The same with every fault beside it, for who looks what is wrong; nothing is written unless DEV_MODE's secret is kept."""
     environ = os.environ if environ is None else environ
     root = _root() if root is None else root
     disabled = environ.get("PYTHON_DOTENV_DISABLED", "").lower() in ("1", "true", "yes", "on", "t", "y")
@@ -40,14 +58,18 @@ def load(environ: Mapping[str, str] | None = None, root: Path | None = None) -> 
     values = {name: value for name, value in file.items() if value or (value is not None and name in said)}
     values |= {name: value for name, value in environ.items() if value.strip() or name in said}
     if not values.get("JWT_SECRET") and values.get("DEV_MODE", "").strip().lower() in ("true", "1", "yes", "on"):
-        values["JWT_SECRET"] = _dev_secret(root / ".dev-secret")
-    config = Config.from_env(values, lambda path: (root / path).read_text(encoding="utf-8"))
+        values["JWT_SECRET"] = _dev_secret(root / ".dev-secret", keep_secret)
+    config, faults = Config.as_far_as_it_goes(values, lambda path: (root / path).read_text(encoding="utf-8"))
     files: dict[str, Any] = {name: getattr(config, name) for name in ("redis_ca_file", "redis_cert_file", "redis_key_file")}
     files = {name: str(root / path) for name, path in files.items() if path}
     config = dataclasses.replace(config, **files)
     if config.redis_address and config.redis_address.tls:
-        tls.context(config)  # told now, by gunicorn's master: a worker that cannot start would be started again and again
-    return config
+        try:
+            tls.context(config)  # told now, by gunicorn's master: a worker that cannot start would be started again and again
+        except ConfigError as error:
+            faults += error.faults
+    path = root / ".env"
+    return Found(config, faults, path if not disabled and path.is_file() else None, frozenset(file))
 
 
 def _root() -> Path:
@@ -55,17 +77,20 @@ def _root() -> Path:
     return ROOT if (ROOT / "wsgi.py").exists() else Path.cwd()
 
 
-def _dev_secret(path: Path) -> str:
+def _dev_secret(path: Path, keep: bool) -> str:
     try:
         secret = path.read_text().strip()
         if len(secret) >= 64:
             return secret
-        path.unlink()
+        if keep:
+            path.unlink()
     except FileNotFoundError:
         pass
     except OSError:
         return secrets.token_hex(32)
     fresh = secrets.token_hex(32)
+    if not keep:
+        return fresh
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:

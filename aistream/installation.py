@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from aistream import __version__
+
 
 @dataclass(frozen=True, slots=True)
 class Variable:
@@ -23,7 +25,7 @@ EVERYWHERE = "0.0.0.0"  # nosec B104
 VARIABLES = (
     Variable(
         "AISTREAM_TAG",
-        "0.1.0",
+        __version__,
         "The tag of aistream's image: what is built gets it, what is started has it. Back to another: docs/operations.md.",
     ),
     Variable(

@@ -43,7 +43,7 @@ MODELS = 20
 #: What the label of any other is.
 OTHER = "other"
 
-#: The metrics of this process, or, where gunicorn.conf.py has set PROMETHEUS_MULTIPROC_DIR, its share of all workers'.
+#: The metrics of this process, or, where gunicorn's master has set PROMETHEUS_MULTIPROC_DIR, its share of all workers'.
 _REGISTRY = CollectorRegistry()
 
 

@@ -69,7 +69,7 @@ def seconds(low: float, high: float) -> Callable[[str], float]:
     def parse(value: str) -> float:
         if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", value) and low <= float(value) <= high:
             return float(value)
-        raise BadValue(f"a number of seconds from {low:g} to {high:g}")
+        raise BadValue(f"a number of seconds from {low:.10g} to {high:.10g}")
 
     return parse
 

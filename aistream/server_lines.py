@@ -17,7 +17,7 @@ _BROKEN = "Error handling request"
 
 
 class Logger(glogging.Logger):  # type: ignore[misc]  # gunicorn has no types
-    """What gunicorn.conf.py names as `logger_class`."""
+    """What `server` names as `logger_class`."""
 
     #: Whether lines are for a person. Set before gunicorn makes its logger.
     as_text: ClassVar[bool] = False

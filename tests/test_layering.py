@@ -1,6 +1,7 @@
 """The shape of the code: which module may know which, and what each of them must leave to others."""
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,17 +10,24 @@ from pathlib import Path
 
 import pytest
 
-from tests.service import ROOT
+from tests.service import ROOT, SECRET
 
 #: From the top to the bottom. A module imports from the lines below its own, and nothing else of the package.
 ORDER = """
     __main__
     cli
+    wsgi  cli.serve  cli.stream  cli.doctor  cli.callbacks  cli.openapi
+    cli.token  cli.following
+    cli.checks.configuration  cli.checks.store  cli.checks.models  cli.checks.callbacks
+    cli.checks.public  cli.checks.clock  cli.checks.limits  cli.checks.versions
+    cli.checks.reach
+    cli.checks
+    cli.common  cli.eventsource  server
     app  worker
     garbage  patience  turns
     api.demo  api.openapi
     api.contract
-    api.init  api.stream  api.health  api.operator
+    api.init  api.stream  api.client  api.health  api.operator
     limits
     api
     background
@@ -33,6 +41,7 @@ ORDER = """
     scripts
     connections  pulse
     providers.openai  providers.anthropic  providers.echo
+    providers.probing
     providers.wire  providers.translation
     providers.transport
     providers.http1
@@ -71,8 +80,8 @@ ONLY = {
     "fakeredis": ["connections"],
     "openai": ["providers"],
     "anthropic": ["providers"],
-    "httpx2": ["providers"],
-    "requests": ["outbound"],
+    "httpx2": ["providers", "cli"],
+    "requests": ["outbound", "cli"],
     "urllib3": ["outbound"],
     "jwt": ["tokens"],
     "flask": ["app", "api", "limits"],
@@ -185,7 +194,12 @@ print([*started, *alive, *threading.enumerate()[1:]])
     forbidden = {"socket.connect", "socket.getaddrinfo", "_thread.start_new_thread"}
 
     process = subprocess.run(
-        [sys.executable, "-c", script.replace("FORBIDDEN", repr(forbidden))], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", script.replace("FORBIDDEN", repr(forbidden))],
+        cwd=ROOT,
+        env={**os.environ, "DEV_MODE": "true", "JWT_SECRET": SECRET},  # `wsgi` makes the app
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
     assert (process.stdout, process.stderr) == ("[]\n", "")

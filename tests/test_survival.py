@@ -1,4 +1,4 @@
-"""What survives what: each row of README's table, produced with real processes, real signals and a real Redis.
+"""What survives what: each row of docs/survival.md, produced with real processes, real signals and a real Redis.
 
 Stops, viewers that leave, stores that go away or lose what they had, failovers, deploys. tests/test_workers.py has the lost and
 the paused workers; tests/test_rules.py the interleavings that no process test can hit on purpose.

@@ -1,6 +1,6 @@
-"""The shell's side of the service: `aistream callbacks list | show | redeliver`, and `aistream openapi`.
+"""`aistream callbacks list | show | redeliver`.
 
-`callbacks` works on the store itself, with the service's own configuration: it sees those of all subjects, also while no
+It works on the store itself, with the service's own configuration: it sees those of all subjects, also while no
 worker is alive. Whatever it makes due is sent by the workers.
 """
 
@@ -19,11 +19,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from aistream import __version__
 from aistream.callback import description
+from aistream.cli.common import as_json, configured, console
 from aistream.config import Config
-from aistream.environment import load
-from aistream.errors import ConfigError, StoreUnavailable
+from aistream.errors import StoreUnavailable
 from aistream.outbox import Outbox, Redelivery
 from aistream.session import Record
 from aistream.store import Store
@@ -41,16 +40,16 @@ _TOLD: dict[Redelivery, str] = {
 #: What counts as done.
 _DONE: tuple[Redelivery, ...] = ("owed", "trying")
 
-_as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object per line, for programs.")
 
-
-@click.group()
-@click.version_option(__version__, prog_name="aistream")
-def main() -> None:
-    """aistream: streams AI answers from a workflow to a browser, and reports them back."""
-
-
-@main.group()
+@click.group(
+    short_help="What n8n is still owed, or could not be given.",
+    epilog="""\b
+Examples:
+  aistream callbacks list --state dead
+  aistream callbacks show 3d5f6c1e-…        every attempt, and what came of it
+  aistream callbacks redeliver --all        once n8n is back
+""",
+)
 def callbacks() -> None:
     """What n8n is still owed, and what could not be delivered."""
 
@@ -58,7 +57,7 @@ def callbacks() -> None:
 @callbacks.command("list")
 @click.option("--state", type=click.Choice(["dead", "owed"]), help="Only these; by default both.")
 @click.option("--limit", default=100, show_default=True, type=click.IntRange(1), help="Most of each state to show.")
-@_as_json
+@as_json
 def list_(state: State | None, limit: int, as_json: bool) -> None:
     """Callbacks that are owed or dead, those that have been so for longest first."""
     with _outbox() as outbox:
@@ -70,13 +69,13 @@ def list_(state: State | None, limit: int, as_json: bool) -> None:
             click.echo(msgspec.json.encode(description(record)))
         return
     if found:
-        _console().print(_table(found))
+        console().print(_table(found))
     click.echo(f"{counts.owed} owed, {counts.dead} dead" + (f"; {len(found)} shown" if found else ""))
 
 
 @callbacks.command()
 @click.argument("session_id")
-@_as_json
+@as_json
 def show(session_id: str, as_json: bool) -> None:
     """One session: its state, its callback, and every attempt with what came of it."""
     with _outbox() as outbox:
@@ -86,15 +85,15 @@ def show(session_id: str, as_json: bool) -> None:
     if as_json:
         click.echo(msgspec.json.encode(description(record)))
         return
-    _console().print(_facts(record))
+    console().print(_facts(record))
     if record.callback and record.callback.history:
-        _console().print(_history(record))
+        console().print(_history(record))
 
 
 @callbacks.command()
 @click.argument("session_ids", nargs=-1)
 @click.option("--all", "everything", is_flag=True, help="Every dead letter.")
-@_as_json
+@as_json
 def redeliver(session_ids: tuple[str, ...], everything: bool, as_json: bool) -> None:
     """Has callbacks delivered again, each with its whole schedule before it.
 
@@ -119,28 +118,11 @@ def redeliver(session_ids: tuple[str, ...], everything: bool, as_json: bool) -> 
         sys.exit(1)
 
 
-@main.command()
-def openapi() -> None:
-    """Print the OpenAPI document of the service with this configuration."""
-    # What it is made from knows all of the service: the other commands need not wait for that.
-    from aistream.api.openapi import document
-
-    try:
-        config = load()
-    except ConfigError as error:
-        sys.exit(str(error))
-    click.echo(json.dumps(document(config), indent=2, ensure_ascii=False))
-
-
 class _outbox:
     """The callbacks in the configured store; what keeps it from answering is one line and exit code 1."""
 
     def __enter__(self) -> Outbox:
-        try:
-            config = load()
-        except ConfigError as error:
-            sys.exit(str(error))
-        self._store = _open(config)
+        self._store = _open(configured())
         return self._store.outbox
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -166,11 +148,6 @@ def _take(outbox: Outbox, state: State, limit: int | None) -> Iterator[Record]:
         after, left = page.after, None if left is None else left - len(page.callbacks)
         if after is None:
             return
-
-
-def _console() -> Console:
-    # Piped into a file or a pager, a table has the width that it needs.
-    return Console() if sys.stdout.isatty() else Console(width=200)
 
 
 def _table(records: list[Record]) -> Table:
