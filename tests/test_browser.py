@@ -1,16 +1,20 @@
 """What a browser makes of the service: the demo page, plain EventSources, and front ends that know nothing of aistream."""
 
 import json
+import re
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 from gevent.pool import Pool
-from selenium.webdriver import Chrome
+from selenium.webdriver import ActionChains, Chrome
+from selenium.webdriver.common.keys import Keys
 
 from aistream.tokens import Tokens
 from tests.browser import FOREIGN, Browser, Pages, Seen, chromium, programs
@@ -364,59 +368,285 @@ def test_in_production_only_the_configured_origin_hears_anything(production: Ser
 # The demo page
 
 
-@pytest.mark.parametrize("mode", ["text", "json"])
-def test_a_person_watches_an_answer_drops_the_line_sees_it_resume_and_sees_the_callback(
-    service: Service, browser: Browser, mode: str
-) -> None:
-    open_demo(browser, service, "echo", mode)
+def test_a_person_watches_an_answer_cuts_the_line_sees_it_go_on_and_sees_the_callback(service: Service, browser: Browser) -> None:
+    open_demo(browser, service)
     browser.type("prompt", PROMPT)
 
     browser.element("start").click()
-    begun = browser.wait_for("document.getElementById('answer').textContent")
-    state = browser.element("status").get_attribute("data-state")
-    browser.element("drop").click()
-    browser.wait_for("document.getElementById('status').dataset.state === 'reconnecting'")
-    at_drop = browser.text("answer")
-    browser.wait_for("document.getElementById('reconnects').textContent === '1'")
-    browser.wait_for("document.getElementById('status').dataset.state === 'done'")
+    browser.wait_for(f"{shown('status')}.dataset.state === 'streaming' && {shown('rendered')}.textContent")
+    browser.element("cut").click()
+    browser.wait_for(f"{shown('status')}.dataset.state === 'reconnecting'")
+    at_cut = exact_text(browser)
+    browser.wait_for("document.getElementById('wire-log').textContent.includes('attempt 1 failed')")
+    while_cut = exact_text(browser)
+    was_on = browser.element("cut").get_attribute("aria-checked")
+    browser.element("cut").click()
+    browser.wait_for(f"{shown('reconnects')}.textContent === '1'")
+    browser.wait_for(f"{shown('status')}.dataset.state === 'done'")
     callback = json.loads(browser.wait_for("document.getElementById('callback').textContent"))
 
-    assert state == "streaming"
-    assert PROMPT.startswith(begun) and PROMPT.startswith(at_drop) and at_drop != PROMPT
-    assert browser.text("answer") == callback["answer"] == callback["prompt"] == PROMPT
+    assert PROMPT.startswith(at_cut) and while_cut == at_cut != PROMPT
+    assert exact_text(browser) == callback["answer"] == callback["prompt"] == PROMPT
     assert callback["status"] == "completed"
     assert browser.element("callback-state").get_attribute("data-state") == "same"
     assert browser.element("callback").is_displayed()
+    mark = browser.value(f"({{ ...{shown('exact')}.querySelector('.resumed').dataset }})")
+    assert utf16(at_cut) == int(mark["at"])
+    assert re.fullmatch(r"resumed here, [1-9]\d* characters caught up", mark["label"])
+    assert (was_on, browser.element("cut").get_attribute("aria-checked")) == ("true", "false")
     noted = browser.text("wire-log")
-    for line in ("POST demo/start", "connection lost after id 1-", "Last-Event-ID: 1-", "[DONE] after", "callback arrived"):
+    for line in (
+        "POST demo/start",
+        "the line is cut after id 1-",
+        "connection lost after id 1-",
+        "connected again, behind id 1-",
+    ):
         assert line in noted
-    assert browser.value("document.querySelectorAll('#answer img, #answer b, #callback img').length") == 0
-    first, second = [seen for seen in browser.requests if "/stream/" in seen.url]
-    assert first.last_event_id is None and second.last_event_id
-    assert ("format=json" in first.url) == (mode == "json")
+    assert "callback arrived" in noted
+    streams = [seen.url for seen in browser.requests if "/stream/" in seen.url]
+    assert ["last_event_id=1-" in url for url in streams] == [False, True]  # the refused ones reached no network
     assert_harmless(browser, service)
 
 
-@pytest.mark.parametrize("mode", ["text", "json"])
-def test_a_person_stops_an_answer_and_sees_that_n8n_gets_the_part(service: Service, browser: Browser, mode: str) -> None:
-    open_demo(browser, service, "echo", mode)
+def test_a_person_stops_an_answer_and_sees_that_n8n_gets_the_part(service: Service, browser: Browser) -> None:
+    open_demo(browser, service)
     browser.type("prompt", PROMPT)
 
     browser.element("start").click()
-    browser.wait_for("document.getElementById('answer').textContent")
+    browser.wait_for(f"{shown('rendered')}.textContent")
     browser.element("stop").click()
-    browser.wait_for("document.getElementById('status').dataset.state === 'cancelled'")
+    browser.wait_for(f"{shown('status')}.dataset.state === 'cancelled'")
 
     callback = json.loads(browser.wait_for("document.getElementById('callback').textContent"))
-    part = browser.text("answer")
+    part = exact_text(browser)
     assert callback["status"] == "cancelled" and part == callback["answer"]
     assert PROMPT.startswith(part) and part != PROMPT
-    assert not browser.element("stop").is_enabled()
+    assert not browser.element("stop").is_enabled() and not browser.element("cut").is_enabled()
     assert_harmless(browser, service)
 
 
+def test_a_second_viewer_sees_the_answer_from_its_beginning_while_the_first_ones_line_is_cut(
+    service: Service, provider: ProviderServer, browser: Browser
+) -> None:
+    open_demo(browser, service, "gpt-test-hold-n8-k3")
+
+    browser.element("start").click()
+    browser.wait_for(f"{shown('rendered')}.textContent.includes('word3')")
+    browser.element("cut").click()
+    browser.element("second").click()
+    browser.wait_for(f"{shown('rendered', 2)}.textContent.includes('word3')")
+    provider.release()
+    browser.wait_for(f"{shown('status', 2)}.dataset.state === 'done'")
+    states = browser.value(f"[1, 2].map((n) => {shown('status', '${n}')}.dataset.state)")
+    texts = exact_text(browser), exact_text(browser, 2)
+    browser.element("cut").click()
+    browser.wait_for(f"{shown('status')}.dataset.state === 'done'")
+
+    assert states == ["reconnecting", "done"]
+    assert texts == ("".join(words(3)), "".join(words(8)))
+    assert exact_text(browser) == "".join(words(8))
+    assert "second viewer: connected" in browser.text("wire-log")
+    assert len(provider.requests()) == 1
+    browser.element("second").click()
+    assert browser.value("document.querySelectorAll('.viewer').length") == 1
+    browser.element("second").click()  # also when it is over: it is shown again
+    browser.wait_for(f"{shown('status', 2)}.dataset.state === 'done'")
+    assert exact_text(browser, 2) == "".join(words(8))
+    assert_harmless(browser, service)
+
+
+HOSTILE = """<script>alert(1)</script> <img src=x onerror=alert(2)> <b>bold</b> <style>*{display:none}</style>
+
+<iframe src="https://evil.test/frame"></iframe>
+<svg onload=alert(3)>
+
+![a picture](https://evil.test/pixel.png "title") ![data](data:image/png;base64,AAAA) [![nested](https://evil.test/n.png)](https://evil.test/n)
+
+[js](javascript:alert(4)) [JS](JaVaScRiPt:alert(5)) [tab](java&#x09;script:alert(6)) [vb](vbscript:alert(7))
+[data](data:text/html,<script>alert(8)</script>) [file](file:///etc/passwd) [relative](/operator)
+[proto](//evil.test/p) [frame](#stop)
+
+[good](https://good.test/a?b=c&d "title") <mailto:someone@good.test> https://good.test/auto <javascript:alert(9)> www.evil.test
+
+[ref] and "quotes" ' `<i>code</i>`
+
+[ref]: javascript:alert(10)
+
+```html" onmouseover="alert(11)
+<script>alert(12)</script>
+```
+
+| a | b |
+|:-:|--:|
+| <u>1</u> | [x](javascript:alert(13)) |
+"""
+
+
+def test_an_answer_is_rendered_as_markdown_and_can_do_nothing_else(service: Service, browser: Browser) -> None:
+    open_demo(browser, service)
+    browser.value("(document.getElementById('prompt').value = args[0])", HOSTILE)
+
+    browser.element("start").click()
+    browser.wait_for("document.getElementById('callback-state').dataset.state === 'same'")
+
+    tags = set(browser.value(f"Array.from({shown('rendered')}.querySelectorAll('*'), (element) => element.localName)"))
+    assert tags <= {"p", "a", "code", "pre", "div", "button", "table", "thead", "tbody", "tr", "th", "td"}
+    assert {"a", "pre", "code", "td"} <= tags
+    attributes = f"Array.from({shown('rendered')}.querySelectorAll('*'), (element) => element.getAttributeNames()).flat()"
+    assert not {name for name in browser.value(attributes) if name.startswith("on") or name in ("style", "src", "id")}
+    links = browser.value(
+        f"Array.from({shown('rendered')}.querySelectorAll('a'), (a) => [a.getAttribute('href'), a.target, a.rel])"
+    )
+    assert {target for target, *_ in links} == {
+        "https://evil.test/frame",  # a person may follow it: nothing has
+        "https://evil.test/pixel.png",
+        "https://evil.test/n",
+        "https://good.test/a?b=c&d",
+        "mailto:someone@good.test",
+        "https://good.test/auto",
+    }
+    assert {tuple(rest) for _, *rest in links} == {("_blank", "noopener noreferrer nofollow")}
+    assert "<script>alert(1)</script> <img src=x" in browser.value(f"{shown('rendered')}.textContent")
+    assert exact_text(browser) == HOSTILE
+    assert_harmless(browser, service)
+
+
+GROWING = (
+    "# Title\n\nA *soft*\nline with **bo\nld** and `code`.\n\n- one\n- two\n\n  more\n    - three\n\n1. first\n\n\n2. second\n",
+    "text\n===\n\n> quoted\nlazy\n\n> again\n\n---\n\n    indented\n\n    code\n\nafter",
+    "```js\nlet a = 1;\n\n# no title\n```\nbehind\n~~~\nnever closed\n\n- no list",
+    "| a | b |\n|---|---|\n| 1 | 2 |\n| 3 | 4 |\nend\n\n| not a table\n",
+    "windows\r\n\r\nlines\r\n- a\r\n- b\r\n\r\nend\ralone\0null",
+    "[later] and [sooner]\n\n[sooner]: https://a.test\n\nmore [sooner] [later]\n\n[later]: https://b.test\n\nend",
+    "[early]: https://a.test\n'title\n\nno title'\n\n[early] is used",
+    "naïve ☕ 👩‍👩‍👧 e\u0301\n\n* * *\n\n\n\n",
+    "",
+)
+
+
+def test_markdown_that_grows_is_in_the_end_what_one_rendering_makes_of_it(service: Service, browser: Browser) -> None:
+    texts = [*GROWING, HOSTILE, *(nasty.answer for nasty in NASTY if len(nasty.answer) < 1000)]
+    browser.open(service.url + "/")
+
+    grown = browser.value(
+        """import("./static/demo/markdown.js").then(({ MarkdownView, markdown }) => {
+            const plain = (element) => {
+                for (const box of element.querySelectorAll(".code-block")) box.replaceWith(box.querySelector("pre"));
+                for (const pre of element.querySelectorAll("pre")) {
+                    for (const name of pre.getAttributeNames()) pre.removeAttribute(name);
+                }
+                return element.innerHTML.replace('<div class="live">', "").replace(/<\\/div>$/, "");
+            };
+            const whole = (text) => {
+                const element = document.createElement("div");
+                element.innerHTML = markdown.render(text);
+                return plain(element);
+            };
+            return args[0].flatMap((text) => [1, 2, 7].map((step) => {
+                const element = document.createElement("div");
+                const view = new MarkdownView(element);
+                const wrong = [];
+                for (let end = 0; end < text.length; end += step) {
+                    view.update(text.slice(0, end));
+                    if (plain(element.cloneNode(true)) !== whole(text.slice(0, end))) wrong.push(end);
+                }
+                view.finish(text);
+                return [wrong, plain(element.cloneNode(true)) === whole(text)];
+            }));
+        })""",
+        texts,
+    )
+
+    assert [texts[at // 3] for at, (_, same) in enumerate(grown) if not same] == []
+    # On the way a link's definition that is still to come is the one thing that may be missing.
+    assert [(texts[at // 3], wrong) for at, (wrong, _) in enumerate(grown) if wrong and "]: " not in texts[at // 3]] == []
+
+
+@pytest.mark.parametrize("model", ["gpt-test-slow-n40-d50", "claude-test-slow-n40-d50"])
+def test_the_tokens_per_second_are_an_estimate_until_the_provider_has_counted(
+    service: Service, browser: Browser, model: str
+) -> None:
+    open_demo(browser, service, model)
+
+    browser.element("start").click()
+    estimate = browser.wait_for(f"{shown('rate')}.textContent.startsWith('≈') && {shown('rate')}.textContent")
+    note = browser.value(f"{shown('rate-note')}.textContent")
+    browser.wait_for(f"{shown('status')}.dataset.state === 'done'")
+    callback = json.loads(browser.wait_for("document.getElementById('callback').textContent"))
+
+    assert re.fullmatch(r"≈ [\d,.]+", estimate) and note.startswith("estimated")
+    assert re.fullmatch(r"[\d,.]+", browser.value(f"{shown('rate')}.textContent"))
+    visible = callback["output_tokens"] - callback.get("reasoning_tokens", 0)
+    assert browser.value(f"{shown('rate-note')}.textContent") == f"of {visible} that the provider counted"
+    assert re.fullmatch(r"[\d,.]+ m?s", browser.value(f"{shown('first-text')}.textContent"))
+    assert browser.value(f"{shown('plot-line')}.getAttribute('d')").count("L") >= 3
+    assert "at most" in browser.value(f"{shown('plot')}.getAttribute('aria-label')")
+
+
+def test_the_demo_page_is_used_by_keyboard_alone(service: Service, provider: ProviderServer, browser: Browser) -> None:
+    open_demo(browser, service, "gpt-test-hold-n8-k3")
+
+    browser.element("prompt").send_keys(Keys.CONTROL, Keys.ENTER)
+    browser.wait_for(f"{shown('rendered')}.textContent.includes('word3')")
+    reached = tab_through(browser)
+    browser.element("cut").send_keys(Keys.SPACE)
+    browser.wait_for(f"{shown('status')}.dataset.state === 'reconnecting'")
+    browser.element("cut").send_keys(Keys.SPACE)
+    browser.wait_for(f"{shown('reconnects')}.textContent === '1'")
+    browser.element("cut").send_keys(Keys.ESCAPE)
+    browser.wait_for(f"{shown('status')}.dataset.state === 'cancelled'")
+
+    assert [name for name in reached if name in ("prompt", "model", "start", "second", "cut", "stop")] == [
+        "prompt",
+        "model",
+        "start",
+        "second",
+        "cut",
+        "stop",
+    ]
+    assert {"wire-log", "curl", "tab-client"} <= set(reached) and "tab-await" not in reached
+    tab = browser.element("tab-client")
+    for key, chosen in ((Keys.ARROW_RIGHT, "await"), (Keys.END, "source"), (Keys.ARROW_RIGHT, "client")):
+        tab.send_keys(key)
+        tab = browser.chrome.switch_to.active_element
+        assert (tab.get_attribute("id"), tab.get_attribute("aria-selected")) == (f"tab-{chosen}", "true")
+        panels = browser.value("Array.from(document.querySelectorAll('[role=tabpanel]:not([hidden])'), ({ id }) => id)")
+        assert panels == [f"code-{chosen}"]
+    assert_harmless(browser, service)
+
+
+WIDE = f"{'unbreakable' * 30}\n\n| {' | '.join('abcdefghijkl')} |\n|{'---|' * 12}\n\n```\n{'long line ' * 40}\n```\n"
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_demo_page_fits_a_phone_and_reads_well_for_everybody(
+    service: Service, browser: Browser, width: int, dark: bool
+) -> None:
+    axe = Path(sys.prefix, "npm", "node_modules", "axe-core", "axe.min.js")
+    if not axe.exists():
+        missing("axe-core")
+    browser.device(width, 800, dark=dark)
+    open_demo(browser, service)
+    browser.value("(document.getElementById('prompt').value = args[0])", WIDE)
+    sideways = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    before = browser.value(sideways), browser.violations(axe.read_text())
+
+    browser.element("start").click()
+    browser.wait_for("!document.getElementById('second').disabled")
+    browser.element("second").click()
+    browser.wait_for(f"{shown('status')}.dataset.state === 'done' && {shown('status', 2)}.dataset.state === 'done'")
+    browser.wait_for("document.getElementById('callback-state').dataset.state === 'same'")
+
+    assert before == (0, [])
+    assert (browser.value(sideways), browser.violations(axe.read_text())) == (0, [])
+    tops = browser.value("Array.from(document.querySelectorAll('.viewer'), (one) => one.getBoundingClientRect().top)")
+    assert (tops[0] == tops[1]) == (width == 1280)  # side by side, or one under the other
+    assert browser.value("matchMedia('(prefers-color-scheme: dark)').matches") == dark
+
+
 def test_the_demo_page_shows_what_is_wrong_beside_the_field(service: Service, browser: Browser) -> None:
-    open_demo(browser, service, "echo", "text")
+    open_demo(browser, service)
     browser.element("prompt").clear()
 
     browser.element("start").click()
@@ -429,28 +659,26 @@ def test_the_demo_page_shows_what_is_wrong_beside_the_field(service: Service, br
     assert not [seen for seen in browser.requests if "/stream/" in seen.url]
     browser.type("prompt", "Better.")
     browser.element("start").click()
-    browser.wait_for("document.getElementById('status').dataset.state === 'done'")
+    browser.wait_for(f"{shown('status')}.dataset.state === 'done'")
     assert not browser.element("prompt-problem").is_displayed()
-    assert browser.text("answer") == "Better."
+    assert exact_text(browser) == "Better."
 
 
 def test_the_demo_page_says_why_an_answer_failed_and_what_n8n_was_told(service: Service, browser: Browser) -> None:
-    open_demo(browser, service, "echo", "text")
-    browser.value("document.getElementById('model').add(new Option('gpt-test-cut-k3', 'gpt-test-cut-k3'))")
-    browser.choose("model", "gpt-test-cut-k3")
+    open_demo(browser, service, "gpt-test-cut-k3")
 
     browser.element("start").click()
 
-    browser.wait_for("document.getElementById('status').dataset.state === 'failed'")
+    browser.wait_for(f"{shown('status')}.dataset.state === 'failed'")
     callback = json.loads(browser.wait_for("document.getElementById('callback').textContent"))
-    assert "upstream_disconnected" in browser.text("status")
-    assert browser.text("answer") == callback["answer"] == "".join(words(3))
+    assert "upstream_disconnected" in browser.value(f"{shown('status')}.textContent")
+    assert exact_text(browser) == callback["answer"] == "".join(words(3))
     assert (callback["status"], callback["error"]["code"]) == ("failed", "upstream_disconnected")
     assert_harmless(browser, service)
 
 
 def test_the_demo_page_offers_the_models_of_the_configured_providers(service: Service, browser: Browser) -> None:
-    open_demo(browser, service, "echo", "text")
+    open_demo(browser, service)
 
     models = httpx.get(f"{service.url}/demo/models", verify=False).json()["models"]
     offered = browser.value("Array.from(document.getElementById('model').options, (option) => option.value)")
@@ -520,12 +748,48 @@ def test_the_page_of_the_api_shows_every_operation_and_asks_nobody_else(service:
     assert_harmless(browser, service)
 
 
-def open_demo(browser: Browser, service: Service, model: str, mode: str) -> None:
-    """Opens the demo page as a person would, and makes the two choices."""
+def open_demo(browser: Browser, service: Service, model: str = "echo") -> None:
+    """Opens the demo page as a person would, and chooses the model; one that is not offered is put into the list."""
     browser.open(service.url + "/")
     browser.wait_for("document.getElementById('model').options.length > 1")
+    if model != "echo":
+        browser.value("document.getElementById('model').add(new Option(args[0], args[0]))", model)
     browser.choose("model", model)
-    browser.choose("format", mode)
+
+
+def shown(part: str, viewer: int | str = 1) -> str:
+    """JavaScript for the part of this name of the first or second viewer."""
+    return f"""document.querySelector(`#viewer-{viewer} [data-part="{part}"]`)"""
+
+
+def exact_text(browser: Browser, viewer: int = 1) -> str:
+    """What the viewer shows as text. The choice stays as it was."""
+    return str(
+        browser.value(
+            f"""[...document.querySelectorAll("[name=view]")].reduceRight((text, choice) => {{
+                choice.click();
+                return text ?? {shown("exact", viewer)}.textContent;
+            }}, null)"""
+        )
+    )
+
+
+def tab_through(browser: Browser) -> list[str]:
+    """The ids of what the tab key reaches on the page, in order; "" for what has none."""
+    rounds: list[list[str]] = [[]]
+    while len(rounds) < 3:  # the first one begins somewhere
+        ActionChains(browser.chrome).send_keys(Keys.TAB).perform()
+        if browser.value("document.activeElement === document.body"):
+            rounds.append([])
+        else:
+            rounds[-1].append(str(browser.value("document.activeElement.id")))
+        assert len(rounds[-1]) < 100, rounds
+    return rounds[1]
+
+
+def utf16(text: str) -> int:
+    """The length of a text as JavaScript has it."""
+    return len(text.encode("utf-16-le")) // 2
 
 
 def assert_harmless(browser: Browser, service: Service) -> None:

@@ -61,7 +61,7 @@ def start() -> Response:
     path = f"demo/callback/{key}"
     # The port of the socket itself: under `flask run --port` the configured one is another.
     origin = f"http://127.0.0.1:{request.environ.get('SERVER_PORT', parts().config.port)}"
-    body: dict[str, Any] = {name: asked[name] for name in ("prompt", "model", "format") if name in asked}
+    body: dict[str, Any] = {name: asked[name] for name in ("prompt", "model") if name in asked}
     body |= {"resumeUrl": f"{origin}/{path}", "userId": "demo", "chatId": "demo"}
     token = parts().tokens.sign_caller("demo", int(time.time()) + 300)
     answer, _ = accept(body, parts().tokens.verify_caller(token))
