@@ -5,6 +5,8 @@ PYTEST_ARGS ?=
 # The tests mostly wait: two processes side by side take half the time.
 PYTEST_PROCESSES ?= 2
 BENCH_ARGS ?=
+RELEASE_ARGS ?=
+V ?=
 LOCK_ARGS ?=
 N8N_HOME ?= .n8n
 
@@ -14,11 +16,11 @@ MAKEFLAGS += --no-print-directory
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # `make -j test` must not run the tests beside the installation they need
-.PHONY: help run test test-n8n bench env token openapi lint format lock audit setup clean runtime dev
+.PHONY: help run test test-n8n bench env token openapi docs client screenshots version release lint format lock audit setup clean runtime dev
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## /\1\t/p' Makefile | while IFS='	' read -r target text; do \
-		printf '  make %-8s %s\n' "$$target" "$$text"; done
+		printf '  make %-11s %s\n' "$$target" "$$text"; done
 
 run: runtime  ## start the service for development, on http://127.0.0.1:8000 (PORT is respected)
 	@DEV_MODE=true DRAIN_SECONDS=$${DRAIN_SECONDS:-2} exec $(BIN)/gunicorn wsgi:app
@@ -46,6 +48,25 @@ token: runtime  ## print the call of /init-stream to paste, with a fresh token
 openapi: runtime  ## write docs/openapi.json anew from the code's own models
 	@PYTHON_DOTENV_DISABLED=true DEV_MODE=true PORT= $(BIN)/python -m aistream openapi > docs/openapi.json.new
 	@mv docs/openapi.json.new docs/openapi.json
+
+docs: openapi  ## write the pages and pictures of docs/ that are made from code
+	@$(BIN)/python scripts/write-docs
+	@$(BIN)/python scripts/draw-pictures
+
+client: dev  ## build the browser's client, into clients/js/dist and for the service to serve
+	@scripts/ensure-test-tools $(VENV)
+	@ln -sfn ../../$(VENV)/npm/node_modules clients/js/node_modules
+	@cd clients/js && PATH="$(CURDIR)/$(BIN):$$PATH" npm run --silent build -- ../../aistream/static/client
+
+screenshots: dev  ## take the demo page's pictures for README.md anew, into docs/screenshots
+	@scripts/ensure-test-tools $(VENV)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/screenshots
+
+version:  ## list every place that says the version; V=0.2.0 sets it in all of them, and heads what CHANGELOG.md has as unreleased
+	@$(PYTHON) -m scripts.release.version $(V)
+
+release: dev  ## build wheel, npm packages and image context into dist/, install each cleanly, see it work (3 minutes; docs/releasing.md)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m scripts.release $(RELEASE_ARGS)
 
 # What measures the service starts processes (B404, B603, B607), rolls dice for its load (B311) and asserts (B101), all on purpose.
 BENCH_MAY := B101,B311,B404,B603,B607
@@ -76,7 +97,7 @@ audit: runtime  ## look for known vulnerabilities in everything that requirement
 setup: dev  ## only make the venv, with everything for development
 
 clean:  ## remove the venv and all caches; .env and .dev-secret stay
-	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info clients/js/dist clients/js/node_modules
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 runtime:

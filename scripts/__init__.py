@@ -1,0 +1,1 @@
+"""The longer steps of the Makefile's targets."""
