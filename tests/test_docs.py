@@ -1,18 +1,26 @@
-"""The documentation's claims: every test that it names exists, and README's table is the one that is shown to hold."""
+"""The documentation's claims: every link leads somewhere, every test that it names exists, and what survives what is the
+table that is shown to hold."""
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
 from aistream.config import settings
 from bench.chaos.plan import FAULTS, KINDS
+from tests import markdown
 from tests.service import ROOT
 
 SURVIVAL = ROOT / "docs" / "survival.md"
 TESTS = {
     name for path in (ROOT / "tests").glob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
 }
+
+PAGES = markdown.pages(ROOT)
 
 
 def rows(path: Path, heading: str) -> list[list[str]]:
@@ -22,19 +30,127 @@ def rows(path: Path, heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
-@pytest.mark.parametrize("page", sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")]), ids=lambda page: page.name)
+def linked(page: Path, target: str) -> tuple[Path, str]:
+    """The file that a relative link of a page leads to, and the anchor in it, or ""."""
+    path, _, anchor = target.partition("#")
+    return ((page.parent / unquote(path)).resolve() if path else page), unquote(anchor)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+    dead = []
+
+    for target in markdown.links(page.read_text()):
+        if re.match(r"[a-z][a-z0-9+.-]*:", target):
+            parts = urlsplit(target)
+            sound = parts.scheme == "mailto" or (parts.scheme == "https" and "." in (parts.hostname or ""))
+        else:
+            file, anchor = linked(page, target)
+            # GitHub makes anchors for Markdown; in other files it knows lines alone.
+            sound = file.is_relative_to(ROOT) and file.exists() and (not anchor or file.suffix == ".md")
+            sound = sound and (not anchor or anchor in markdown.anchors(file.read_text()))
+        if not sound:
+            dead.append(target)
+
+    assert dead == []
+
+
+def test_every_page_of_docs_is_reached_from_its_index() -> None:
+    index = ROOT / "docs" / "README.md"
+    reached, ahead = set(), [index]
+
+    while ahead:
+        page = ahead.pop()
+        if page in reached or page.suffix != ".md" or not page.is_relative_to(ROOT / "docs"):
+            continue
+        reached.add(page)
+        ahead += [linked(page, target)[0] for target in markdown.links(page.read_text()) if not re.match(r"[a-z]+:", target)]
+
+    assert {page for page in PAGES if page.is_relative_to(ROOT / "docs")} - reached == set()
+    direct = {linked(index, target)[0] for target in markdown.links(index.read_text())}
+    assert set((ROOT / "docs").glob("*.md")) - direct == {index}
+
+
+def test_the_pages_made_from_code_are_current(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, ROOT / "scripts" / "write-docs", tmp_path], check=True, timeout=60)
+
+    made = {path.name: path.read_text() for path in tmp_path.iterdir()}
+
+    assert made.keys() == {"configuration.md", "http-reference.md"}
+    assert [name for name, text in made.items() if (ROOT / "docs" / name).read_text() != text] == []  # make docs
+
+
+def test_every_setting_has_an_anchor_of_its_own() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text()
+
+    assert {name.lower() for name in settings()} - markdown.anchors(page) == set()
+
+
+def test_every_operation_and_schema_has_an_anchor_of_its_own() -> None:
+    document = json.loads((ROOT / "docs" / "openapi.json").read_text())
+    operations = {one["operationId"] for methods in document["paths"].values() for one in methods.values()}
+    schemas = {f"schema-{name}" for name in document["components"]["schemas"]}
+
+    page = (ROOT / "docs" / "http-reference.md").read_text()
+
+    assert (operations | schemas) - markdown.anchors(page) == set()
+
+
+@pytest.mark.parametrize(
+    ("text", "anchors"),
+    [
+        ("# What survives what", {"what-survives-what"}),
+        ("## GET /stream/&lt;id&gt;?a=…", {"get-streamida"}),
+        ("## `make run`, *now* and [here](there.md)", {"make-run-now-and-here"}),
+        ("## Same\n\n## Same\n\n## Same", {"same", "same-1", "same-2"}),
+        ("## Same\n\n## Same 1\n\n## Same", {"same", "same-1", "same-2"}),
+        ("```bash\n# no heading\n```\n## A_b – Ü", {"a_b--ü"}),
+        ('<a id="JWT_SECRET"></a>', {"JWT_SECRET"}),
+    ],
+)
+def test_an_anchor_is_what_github_makes_of_a_heading(text: str, anchors: set[str]) -> None:
+    assert markdown.anchors(text) == anchors
+
+
+def test_a_link_is_found_in_each_form_and_none_in_code() -> None:
+    text = (
+        '[![a](b.png)](c.md#d "title")\n<img src="e.png">\n[f]: g.md\n<https://h.example>\n'
+        "`[no](no)`\n```text\n[no](no)\n```\n<!-- [no](no) -->"
+    )
+
+    assert sorted(markdown.links(text)) == ["b.png", "c.md#d", "e.png", "g.md", "https://h.example"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_test_that_a_page_names_exists(page: Path) -> None:
     named = set(re.findall(r"`(test_\w+)`", page.read_text()))
 
     assert named - TESTS == set()
 
 
-def test_every_row_of_readmes_table_is_backed_by_named_tests() -> None:
-    promised = [row[0] for row in rows(ROOT / "README.md", "What survives what")]
-    shown = {row[0]: row[1] for row in rows(SURVIVAL, "The table")}
+def test_every_row_of_what_survives_what_is_backed_by_named_tests() -> None:
+    promised = [row[0] for row in rows(SURVIVAL, "What survives what")]
+    shown = {row[0]: row[1] for row in rows(SURVIVAL, "How it is shown")}
 
     assert len(promised) > 10 and promised == list(shown)
     assert [row for row, tests in shown.items() if not re.search(r"`test_\w+`", tests)] == []
+
+
+def test_readme_has_a_few_rows_of_what_survives_what_and_changes_none() -> None:
+    text = (ROOT / "README.md").read_text()
+    few = rows(ROOT / "README.md", "What survives what")
+    all_rows = rows(SURVIVAL, "What survives what")
+
+    assert len(few) == 5 and [row for row in few if row not in all_rows] == []
+    assert f"[All {len(all_rows)} rows](docs/survival.md)" in text
+
+
+def test_readme_is_short_and_starts_with_the_two_commands() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    commands = [line for line in lines if line.startswith("make ")]
+
+    assert len(lines) <= 100
+    assert [line.split("#")[0].strip() for line in commands[:2]] == ["make run", "make test"] and commands[1] in lines[:12]
 
 
 def test_every_rule_has_its_tests() -> None:
@@ -71,7 +187,7 @@ def test_every_rule_of_the_security_checklist_has_its_tests_or_its_reason() -> N
 
 
 def test_the_table_names_kinds_of_chaos_that_there_are() -> None:
-    named = {kind for row in rows(SURVIVAL, "The table") for kind in re.findall(r"`([a-z-]+)`", row[2])}
+    named = {kind for row in rows(SURVIVAL, "How it is shown") for kind in re.findall(r"`([a-z-]+)`", row[2])}
 
     assert named - {*KINDS, *FAULTS, "drop"} == set()
     assert {*FAULTS, "drop"} - named == set()
