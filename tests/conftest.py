@@ -32,6 +32,7 @@ from aistream.api import Parts
 from aistream.app import create_app
 from aistream.config import Config
 from aistream.store import Store
+from tests import doc_blocks
 from tests.leaks import leaks
 from tests.neighbours.provider import ProviderServer
 from tests.neighbours.receiver import Receiver
@@ -67,6 +68,13 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
             report.outcome = "failed"
             report.longrepr = "\n".join(["this process has printed what nobody may see:", *found[:20]])
     return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """After a run of test_doc_blocks.py: how much of the documentation's code was run."""
+    reports = [report for kind in terminalreporter.stats.values() for report in kind if isinstance(report, pytest.TestReport)]
+    if any("test_doc_blocks" in report.nodeid for report in reports):
+        terminalreporter.write_line(doc_blocks.summary() + ": `python -m tests.doc_blocks` lists why")
 
 
 @contextmanager
