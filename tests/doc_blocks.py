@@ -60,6 +60,7 @@ OTHERS = {
     "OPENAI_LOG": "the SDK's",
     "PROMETHEUS_MULTIPROC_DIR": "prometheus-client's",
     "PYTHONMALLOC": "Python's",
+    "SOURCE_DATE_EPOCH": "reproducible builds'",
     "SSL_CERT_DIR": "OpenSSL's",
     "SSL_CERT_FILE": "OpenSSL's",
     "TCP_USER_TIMEOUT": "the kernel's, for a socket",
@@ -338,9 +339,12 @@ def _faults_of_options(module: Path, words: list[str]) -> list[str]:
 
 
 def _missing_paths(code: str, page: str) -> list[str]:
-    """What looks like a path of the checkout and is none, neither from its root nor from the page's folder."""
+    """What looks like a path of the checkout and is none, neither from its root nor from the page's folder.
+
+    `aistream/0.1.0` looks like a product of a User-Agent header.
+    """
     words = [word.strip("\"'`,;:()") for word in code.split()]
-    paths = [word for word in words if re.fullmatch(rf"(?:{'|'.join(map(re.escape, FOLDERS))})/[\w./*<>…@-]*", word)]
+    paths = [word for word in words if re.fullmatch(rf"(?:{'|'.join(map(re.escape, FOLDERS))})/(?!\d+\.\d)[\w./*<>…@-]*", word)]
     return [f"there is no {path}" for path in paths if path not in MADE and not _exists(path, page)]
 
 

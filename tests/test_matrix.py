@@ -1,12 +1,12 @@
 """Everything that a provider may do, with both providers: what viewers see in both modes, what n8n gets, what is counted.
 
-The rows are in `tests/matrix.py`; docs/providers.md shows them. All of them run beside one another, in lanes: each lane has
-providers (aliases) of its own, so that what is counted of them is one row's. They run over each way to a provider, and all ways
-come to the same.
+The rows are in `tests/matrix.py`; docs/providers.md shows them. They run in lanes beside one another, each with providers
+(aliases) of its own, so that what is counted of them is one row's. They run over each way to a provider, and all ways come to
+the same.
 """
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -34,80 +34,68 @@ OWN = ("streamId", "timings")
 
 
 class Seen(NamedTuple):
-    """What came of a row. `counted`: by metric and labels, the provider's left out."""
+    """What came of a row."""
 
     text: list[Event]
     json: list[Event]
     callback: Received
-    counted: Counter[tuple[str, ...]]
-    spare: Counter[tuple[str, ...]]
+
+
+def alias_of(number: int, family: str) -> str:
+    """The provider that a row has for itself; `-spare` behind it is its fallback's."""
+    return f"row{number}-{family}"
 
 
 def models_file(provider: ProviderServer) -> str:
-    """The aliases of all lanes: `<lane>-<family>`, and `<lane>-<family>-spare`, of the other family, for the fallbacks."""
+    """The aliases of all rows. A spare one is of the other family."""
     urls = {"openai": provider.openai_url, "anthropic": provider.anthropic_url}
     other = {"openai": "anthropic", "anthropic": "openai"}
     return "\n".join(
-        f'[lane{lane}-{family}{suffix}]\napi = "{api}"\nbase_url = "{urls[api]}"\nkey_variable = "TEST_KEY"'
-        for lane in range(LANES)
-        for family in FAMILIES
+        f'[{alias_of(number, family)}{suffix}]\napi = "{api}"\nbase_url = "{urls[api]}"\nkey_variable = "TEST_KEY"'
+        for number, family in matrix.cells()
         for suffix, api in (("", family), ("-spare", other[family]))
     )
 
 
-def counts(service: Service, *providers: str) -> dict[str, Counter[tuple[str, ...]]]:
-    """What is counted of these providers by now."""
-    found: dict[str, Counter[tuple[str, ...]]] = {provider: Counter() for provider in providers}
-    # Parsed are only their own lines: the page has those of all lanes, and is read twice for each cell.
-    page = service.get("/metrics").text.splitlines(keepends=True)
-    own = [line for line in page if line.startswith("# TYPE") or any(f'provider="{name}"' in line for name in providers)]
-    for metric in text_string_to_metric_families("".join(own)):
-        for sample in metric.samples:
-            provider = sample.labels.get("provider", "")
-            if metric.name in COUNTED and sample.name.endswith("_total") and provider in found:
-                labels = sorted((name, value) for name, value in sample.labels.items() if name != "provider")
-                found[provider][metric.name, *(value for _, value in labels)] += int(sample.value)
-    return found
-
-
 class Runner:
-    """Runs the rows against one service."""
+    """Runs the rows against one service. `counted`: of each alias, by metric and labels, the provider's left out."""
 
     def __init__(self, service: Service, n8n: Receiver) -> None:
         self.service = service
         self.n8n = n8n
         self.seen: dict[tuple[int, str], Seen | BaseException] = {}
-        #: What was counted of a lane's providers after its last row: the page of all lanes is large, and read once for each.
-        self._counted: dict[str, Counter[tuple[str, ...]]] = {}
+        self.counted: defaultdict[str, Counter[tuple[str, ...]]] = defaultdict(Counter)
 
     def run(self) -> None:
-        """All rows."""
+        """All rows. What is counted is read once, after all: the page of so many providers keeps a worker busy for long."""
         gevent.joinall([gevent.spawn(self._lane, lane, family) for lane in range(LANES) for family in FAMILIES])
+        for metric in text_string_to_metric_families(self.service.get("/metrics").text):
+            for sample in metric.samples if metric.name in COUNTED else []:
+                labels = dict(sample.labels)
+                if sample.name.endswith("_total") and sample.value and (provider := labels.pop("provider", "")):
+                    self.counted[provider][metric.name, *(labels[name] for name in sorted(labels))] += int(sample.value)
 
     def _lane(self, lane: int, family: str) -> None:
         for number in range(lane, len(ROWS), LANES):
             try:
-                self.seen[number, family] = self._cell(number, family, f"lane{lane}-{family}")
+                self.seen[number, family] = self._cell(number, family)
             except BaseException as error:  # is raised by the test of this row
                 self.seen[number, family] = error
 
-    def _cell(self, number: int, family: str, alias: str) -> Seen:
-        row, spare, path = ROWS[number], f"{alias}-spare", f"/{number}/{family}"
+    def _cell(self, number: int, family: str) -> Seen:
+        row, alias, path = ROWS[number], alias_of(number, family), f"/{number}/{family}"
         other = FAMILIES["anthropic" if family == "openai" else "openai"]
         url = self.service.stream_url(
             model=f"{alias}/{FAMILIES[family]}-test-{row.scenario}-i{number}",
             resumeUrl=self.n8n.url(path),
             format="json",
-            **({"fallbackModels": [f"{spare}/{other}-test-{row.fallback}-i{number}"]} if row.fallback else {}),
+            **({"fallbackModels": [f"{alias}-spare/{other}-test-{row.fallback}-i{number}"]} if row.fallback else {}),
             **row.ask,
         )
         viewers = [gevent.spawn(self.service.read, url), gevent.spawn(self.service.read, url.replace("&format=json", ""))]
         in_json, in_text = [viewer.get(timeout=60) for viewer in viewers]
         (callback,) = self.n8n.wait_for(1, timeout=20, path=path)
-        after = counts(self.service, alias, spare)
-        before = {name: self._counted.get(name, Counter[tuple[str, ...]]()) for name in after}
-        self._counted |= after
-        return Seen(in_text, in_json, callback, after[alias] - before[alias], after[spare] - before[spare])
+        return Seen(in_text, in_json, callback)
 
 
 def ran(way: str, folder: Path) -> Runner:
@@ -155,7 +143,7 @@ def seen_by(runner: Runner, number: int, family: str) -> Seen:
 def test_what_a_provider_does_comes_to_what_the_table_says(runner: Runner, number: int, family: str) -> None:
     row, seen = ROWS[number], seen_by(runner, number, family)
     expect, callback = row.expect(family), seen.callback.json
-    alias = f"lane{number % LANES}-{family}"
+    alias = alias_of(number, family)
 
     told = told_in_json(seen.json)
     assert_text(callback["answer"], expect)
@@ -165,7 +153,8 @@ def test_what_a_provider_does_comes_to_what_the_table_says(runner: Runner, numbe
     assert told["end"] == seen.text[-1].data if expect.failed else seen.text[-1].data == "[DONE]"
     assert_callback(callback, expect, told["end"])
     assert callback["provider"] == (f"{alias}-spare" if expect.told_by_fallback else alias)
-    assert seen.counted + seen.spare == expected_counts(expect, row.fallback) + tokens_of(callback)
+    counted = runner.counted[alias] + runner.counted[f"{alias}-spare"]
+    assert counted == expected_counts(expect, row.fallback) + tokens_of(callback)
 
 
 @pytest.mark.timeout(300)  # alone, the first one runs all rows three times

@@ -29,6 +29,7 @@ _IN_FILES = {
     "package.json": [_FIRST],
     "package-lock.json": [_FIRST, r'^  "packages": \{\s*"": \{\s*"name": "[^"]*",\s*"version": "(?P<version>[^"]*)"'],
     "docs/openapi.json": [r'"info": \{\s*"title": "[^"]*",\s*"version": "(?P<version>[^"]*)"'],
+    "docs/http-reference.md": [rf"^Of version (?P<version>{VERSION}), "],
 }
 #: What says it in any file: the image's build argument and its tag, as a value and in the manual; the callbacks' user agent; what
 #: the shell prints, but not the record of a measurement; the answer of /health; an npm package by name and version.
@@ -69,7 +70,7 @@ def places(root: Path = ROOT) -> Iterator[Place]:
             patterns = _ANYWHERE
         text = _read(root / path)
         found = [match for pattern in patterns for match in re.finditer(pattern, text, re.MULTILINE)]
-        if path == "docs/openapi.json":
+        if path in ("docs/openapi.json", "docs/http-reference.md"):  # the callbacks' user agent is in them too
             found += [match for pattern in _ANYWHERE for match in re.finditer(pattern, text, re.MULTILINE)]
         for match in sorted(found, key=lambda match: match.start()):
             start, end = match.span("version")
