@@ -54,6 +54,7 @@ def models_file(provider: ProviderServer) -> str:
         f'[{alias_of(number, family)}{suffix}]\napi = "{api}"\nbase_url = "{urls[api]}"\nkey_variable = "TEST_KEY"'
         for number, family in matrix.cells()
         for suffix, api in (("", family), ("-spare", other[family]))
+        if not suffix or ROWS[number].fallback
     )
 
 

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import anthropic
 import gevent
+import httpcore2
 import httpx2
 import openai
 import pytest
@@ -19,7 +20,7 @@ import trustme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aistream.providers import Providers, http1, wire
+from aistream.providers import Providers, http1, transport, wire
 from aistream.providers.transport import BODY, Body, Transport
 from tests.conftest import make_config
 from tests.neighbours.http1 import ClientGone, Connection, Request, Server
@@ -960,6 +961,20 @@ def test_an_authority_in_the_environment_is_trusted(
     environment: Callable[..., httpx2.Client], secure: Peer, authority: Authority
 ) -> None:
     assert is_ours(environment(SSL_CERT_FILE=str(authority.file)), of(secure))
+
+
+@pytest.mark.parametrize("choice", ["fast", "httpx"])
+def test_the_authorities_are_read_once_for_all_providers(monkeypatch: pytest.MonkeyPatch, choice: str) -> None:
+    read: list[ssl.SSLContext] = []
+    make = httpcore2.default_ssl_context
+    monkeypatch.setattr(httpcore2, "default_ssl_context", lambda **trusted: read.append(make(**trusted)) or read[-1])
+    transport._trust.cache_clear()
+
+    providers = Providers(make_config(OPENAI_API_KEY="k", ANTHROPIC_API_KEY="k", PROVIDER_TRANSPORT=choice))
+    providers.warm_up()
+    providers.close()
+
+    assert len(read) == 1
 
 
 class Proxy:

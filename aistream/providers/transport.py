@@ -10,11 +10,13 @@ Whatever is thrown into a waiting greenlet (GreenletExit, a Timeout) closes its 
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import gevent
@@ -57,12 +59,25 @@ def client(kind: type[httpx2.Client], timeout: httpx2.Timeout, limits: httpx2.Li
     Which requests go through a proxy is up to the environment (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY), as in a client with
     the default transport.
     """
-    context = httpx2.create_ssl_context()
+    context = trust()
     mounts = {
         pattern: None if proxy is None else _proxied(proxy, context, limits)
         for pattern, proxy in get_environment_proxies().items()
     }
     return kind(transport=Transport(context), mounts=mounts, timeout=timeout)
+
+
+def trust() -> ssl.SSLContext:
+    """Whom a provider's certificate may be from, as the environment says (SSL_CERT_FILE, SSL_CERT_DIR); the same for all clients.
+
+    Reading the authorities takes most of the time in which a client is made, and they are a megabyte.
+    """
+    return _trust(os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
+
+
+@lru_cache(maxsize=1)
+def _trust(file: str | None, folder: str | None) -> ssl.SSLContext:
+    return httpx2.create_ssl_context()  # which asks the environment itself
 
 
 def _proxied(proxy: str, context: ssl.SSLContext, limits: httpx2.Limits) -> httpx2.HTTPTransport:

@@ -45,7 +45,7 @@ setattr(  # noqa: B010  # mypy knows that the name is httpcore2's own
 def http_client(kind: type[httpx2.Client], choice: str) -> httpx2.Client:
     """An SDK's kind of client, on the transport that PROVIDER_TRANSPORT names."""
     if choice == "httpx":
-        return kind(limits=LIMITS, timeout=TIMEOUT)
+        return kind(limits=LIMITS, timeout=TIMEOUT, verify=transport.trust())
     return transport.client(kind, TIMEOUT, LIMITS)
 
 
