@@ -657,9 +657,11 @@ def test_the_demo_page_shows_what_is_wrong_beside_the_field(service: Service, br
     assert browser.element("prompt") == browser.chrome.switch_to.active_element
     assert not browser.element("model-problem").is_displayed()
     assert not [seen for seen in browser.requests if "/stream/" in seen.url]
+    assert browser.text("start") == "Start"  # nothing has been started
     browser.type("prompt", "Better.")
     browser.element("start").click()
     browser.wait_for(f"{shown('status')}.dataset.state === 'done'")
+    assert browser.text("start") == "Start again"
     assert not browser.element("prompt-problem").is_displayed()
     assert exact_text(browser) == "Better."
 

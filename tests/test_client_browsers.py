@@ -399,3 +399,33 @@ def test_behind_one_balancer_with_its_page_it_tells_which_answer_it_was(
     heard = over(same_origin)
     assert_whole(heard, "".join(words(20)))
     assert heard["lost"][0]["reason"] == "HTTP 503"
+
+
+# The demo page
+
+
+def test_the_demo_page_is_cut_and_goes_on_at_the_exact_character(tab: Tab, service: Service) -> None:
+    """In both browsers. Everything else that a person does there is in test_browser.py."""
+    prompt = "".join(f"word {number} of a naïve café ☕, " for number in range(60))
+    first = "document.querySelector('#viewer-1 [data-part={}]')".format
+    state, text = first("status") + ".dataset.state", first("exact") + ".textContent"
+    click = "(document.querySelector(args[0]).click(), 0)"
+
+    tab.open(service.url + "/")
+    tab.wait_for("document.getElementById('model').options.length > 1")
+    tab.value("(document.getElementById('model').value = 'echo', document.getElementById('prompt').value = args[0], 0)", prompt)
+    tab.value(click, "[name=view][value=exact]")
+    tab.value(click, "#start")
+    tab.wait_for(f"{text}.length > 20")
+    tab.value(click, "#cut")
+    tab.wait_for(f"{state} === 'reconnecting'")
+    tab.wait_for("document.getElementById('wire-log').textContent.includes('attempt 1 failed')", timeout=WAITS)
+    at_cut = tab.value(text)
+    tab.value(click, "#cut")
+    tab.wait_for(f"{state} === 'done'", timeout=WAITS)
+    tab.wait_for("document.getElementById('callback-state').dataset.state === 'same'", timeout=WAITS)
+
+    assert prompt.startswith(at_cut) and at_cut != prompt
+    assert tab.value(text) == prompt
+    assert tab.value(first("reconnects") + ".textContent") == "1"
+    assert tab.complaints == []

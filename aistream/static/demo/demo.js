@@ -74,6 +74,7 @@ class Page {
       this.#log.note("out", "POST demo/start, as n8n would POST /init-stream");
       const session = await startSession(question, signal);
       this.#form.isStarting = false;
+      this.#form.sayAgain();
       byId("curl").textContent = session.curl;
       document.querySelector('[data-copies="curl"]').disabled = false;
       step("ask", "done");

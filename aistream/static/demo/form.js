@@ -39,7 +39,11 @@ export class AskForm {
   /** While a session is being started it cannot be started again. */
   set isStarting(starting) {
     byId("start").disabled = starting;
-    if (!starting) byId("start").textContent = "Start again";
+  }
+
+  /** There has been a session: the next one is another. */
+  sayAgain() {
+    byId("start").textContent = "Start again";
   }
 
   /** Puts each of a problem's messages under its field, the rest under the form; without a problem, takes all away. */
