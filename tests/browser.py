@@ -121,6 +121,22 @@ class Browser(Tab):
         features = [{"name": name, "value": value} for name, value in prefers.items()]
         self.chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
+    @contextlib.contextmanager
+    def asleep(self) -> Iterator[None]:
+        """The page is frozen, as one that a phone has put away: it runs nothing within, and goes on afterwards."""
+        self.chrome.execute_cdp_cmd("Page.setWebLifecycleState", {"state": "frozen"})
+        yield
+        self.chrome.execute_cdp_cmd("Page.setWebLifecycleState", {"state": "active"})
+
+    @contextlib.contextmanager
+    def offline(self) -> Iterator[None]:
+        """The page is told within that there is no network, and what it asks of it fails."""
+        conditions = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+        self.chrome.execute_cdp_cmd("Network.enable", {})
+        self.chrome.execute_cdp_cmd("Network.emulateNetworkConditions", {"offline": True, **conditions})
+        yield
+        self.chrome.execute_cdp_cmd("Network.emulateNetworkConditions", {"offline": False, **conditions})
+
     def violations(self, axe: str) -> list[str]:
         """What axe-core, given as its source, has against the page: the rule, and where it is broken."""
         self.chrome.execute_script(axe)

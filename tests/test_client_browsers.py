@@ -209,7 +209,7 @@ def test_every_nasty_text_is_exact_when_it_comes_byte_by_byte_over_cut_lines(
 def test_a_line_that_died_in_a_sleep_is_noticed_and_the_answer_goes_on(
     page: Tab, service: Service, provider: ProviderServer, proxy: FaultyProxy
 ) -> None:
-    """A silent line is all that a page can see of a sleep: a browser under test cannot be put to sleep with its machine."""
+    """A silent line is all that a page sees of its machine's sleep. Firefox cannot be asked to freeze a page, Chromium can."""
     proxy.faults.append(Silent(500))
     page.value("(watch(args[0], { silence: 1500 }), 0)", proxy.through(service.stream_url(model="gpt-test-long-n40-d10")))
 
@@ -217,6 +217,56 @@ def test_a_line_that_died_in_a_sleep_is_noticed_and_the_answer_goes_on(
 
     assert_whole(heard, "".join(words(40)))
     assert [lost["reason"] for lost in heard["lost"]] == ["silent"]
+
+
+@pytest.fixture
+def chromium_page(tabs: Callable[[str], Tab], pages: Pages, proxy: FaultyProxy) -> Iterator[Browser]:
+    """`page` where Chromium alone can be asked to do what the test needs."""
+    tab = tabs("chromium")
+    assert isinstance(tab, Browser)
+    tab.open(pages.url("client.html"))
+    tab.value("load(args[0])", proxy.url)
+    yield tab
+    tab.close()
+
+
+def test_a_page_that_was_frozen_while_its_line_died_goes_on_when_it_wakes(
+    chromium_page: Browser, service: Service, proxy: FaultyProxy
+) -> None:
+    page, url = chromium_page, service.stream_url(model="gpt-test-long-n60-d20")
+    page.value(
+        "(window.states = [], ['freeze', 'resume'].map((name) => document.addEventListener(name, () => states.push(name))), 0)"
+    )
+    page.value("(watch(args[0]), 0)", proxy.through(url))
+    page.wait_for("watched[0].text.length > 20")
+
+    with page.asleep():
+        proxy.refuse()
+        wait_until(lambda: service.get(f"/sessions/{session_in(url)}").json()["status"] == "completed")
+        proxy.accept()
+
+    heard = over(page)
+    assert_whole(heard, "".join(words(60)))
+    assert page.value("states") == ["freeze", "resume"]
+    assert heard["lost"] and len(proxy.watched) > 1
+
+
+def test_a_page_that_was_offline_goes_on_when_the_network_is_back(
+    chromium_page: Browser, service: Service, proxy: FaultyProxy
+) -> None:
+    page, url = chromium_page, service.stream_url(model="gpt-test-long-n60-d20")
+    page.value("(watch(args[0]), 0)", proxy.through(url))
+    page.wait_for("watched[0].text.length > 20")
+
+    with page.offline():
+        proxy.cut()
+        page.wait_for("watched[0].lost.length")
+        wait_until(lambda: service.get(f"/sessions/{session_in(url)}").json()["status"] == "completed")
+        offline = page.value("[navigator.onLine, told(0).text.length]")
+
+    heard = over(page)
+    assert_whole(heard, "".join(words(60)))
+    assert offline[0] is False and offline[1] < len(heard["text"])
 
 
 def test_a_waiting_client_goes_on_at_once_when_the_browser_is_online_again(

@@ -131,7 +131,7 @@ def test_a_valid_traceparent_gives_the_line_its_trace(
 def test_an_error_of_ours_is_told_with_its_place_and_without_its_message(
     client: FlaskClient, lines: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def breaks(*_: object) -> None:
+    def breaks(*_: object, **__: object) -> None:
         raise OSError(28, f"no space for {PROMPT}") from ValueError(PROMPT)
 
     monkeypatch.setattr("aistream.store.Store.create", breaks)
