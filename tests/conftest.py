@@ -27,12 +27,14 @@ import hypothesis  # noqa: F401  # its plugin would import it at the end, when g
 import pytest
 import redis
 from flask.testing import FlaskClient
+from selenium.webdriver import Chrome
 
 from aistream.api import Parts
 from aistream.app import create_app
 from aistream.config import Config
 from aistream.store import Store
 from tests import doc_blocks
+from tests.browser import chromium, programs
 from tests.leaks import leaks
 from tests.neighbours.provider import ProviderServer
 from tests.neighbours.receiver import Receiver
@@ -304,6 +306,17 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+    """One Chromium for all tests; what a test opens in it, it closes."""
+    found = programs()
+    if found is None:
+        missing("chromium with chromedriver")
+        return
+    with chromium(*found, tmp_path_factory.mktemp("chromium")) as chrome:
+        yield chrome
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from selenium.webdriver import ActionChains, Chrome
 from selenium.webdriver.common.keys import Keys
 
 from aistream.tokens import Tokens
-from tests.browser import FOREIGN, Browser, Pages, Seen, chromium, programs
+from tests.browser import FOREIGN, Browser, Pages, Seen
 from tests.conftest import make_config, missing
 from tests.nasty import BY_NAME, NASTY, differences
 from tests.neighbours.provider import ProviderServer
@@ -32,17 +32,6 @@ PROMPT = (
     + "\n\nThe end. "
 )
 """What a person types. The echo of it takes longer than a browser takes to come back."""
-
-
-@pytest.fixture(scope="session")
-def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
-    """One Chromium for all tests."""
-    found = programs()
-    if found is None:
-        missing("chromium with chromedriver")
-        return
-    with chromium(*found, tmp_path_factory.mktemp("chromium")) as chrome:
-        yield chrome
 
 
 @pytest.fixture

@@ -3,13 +3,13 @@
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import cache
 from typing import Any
 
 import pytest
-from selenium.webdriver import Chrome
 
 from tests import firefox
-from tests.browser import PAGES, Browser, Pages, Tab, chromium, programs
+from tests.browser import PAGES, Browser, Pages, Tab
 from tests.conftest import missing
 from tests.nasty import NASTY, differences
 from tests.neighbours.faulty import Cut, Fault, FaultyProxy, Pass, Says, Silent
@@ -25,23 +25,16 @@ WAITS = 30.0
 
 
 @pytest.fixture(scope="session")
-def tabs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Tab]]:
-    """Starts each browser when it is first asked for, and gives a tab of it."""
+def tabs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Tab]]:
+    """Gives a tab of a browser, which is started when it is first asked for."""
     with ExitStack() as stack:
-        started: dict[str, Chrome | firefox.Firefox] = {}
 
-        def start(name: str) -> Chrome | firefox.Firefox:
-            folder = tmp_path_factory.mktemp(name)
-            if name == "chromium":
-                found = programs() or missing("chromium with chromedriver")
-                return stack.enter_context(chromium(*found, folder))
-            return stack.enter_context(firefox.firefox(firefox.program() or missing("firefox-esr"), folder))
+        @cache
+        def of_firefox() -> Tab:
+            program = firefox.program() or missing("firefox-esr")
+            return stack.enter_context(firefox.firefox(program, tmp_path_factory.mktemp("firefox")))
 
-        def tab(name: str) -> Tab:
-            browser = started.get(name) or started.setdefault(name, start(name))
-            return Browser(browser) if isinstance(browser, Chrome) else browser
-
-        yield tab
+        yield lambda name: of_firefox() if name == "firefox" else Browser(request.getfixturevalue("chrome"))
 
 
 @pytest.fixture(params=BROWSERS)

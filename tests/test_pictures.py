@@ -12,8 +12,6 @@ import pytest
 from selenium.webdriver import Chrome
 
 from tests import markdown
-from tests.browser import chromium, programs
-from tests.conftest import missing
 from tests.service import ROOT
 
 FOLDER = ROOT / "docs" / "pictures"
@@ -41,17 +39,6 @@ for (const text of texts) {
 }
 return wrong;
 """
-
-
-@pytest.fixture(scope="module")
-def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
-    """A Chromium that has no line to anywhere."""
-    found = programs()
-    if found is None:
-        missing("chromium with chromedriver")
-        return
-    with chromium(*found, tmp_path_factory.mktemp("chromium")) as chrome:
-        yield chrome
 
 
 def colours(svg: str) -> Iterator[tuple[str, dict[str, str]]]:
