@@ -415,9 +415,10 @@ def test_the_packed_node_is_what_n8n_loads(tmp_path: Path, monkeypatch: pytest.M
 
     build.build_node(tmp_path / "tree", tmp_path, npm_packages, environ)
 
-    with tarfile.open(tmp_path / f"n8n-nodes-aistream-{__version__}.tgz") as tar:
+    archive = tmp_path / f"n8n-nodes-aistream-{__version__}.tgz"
+    with tarfile.open(archive) as tar:
         names = {name.removeprefix("package/") for name in tar.getnames()}
-        tar.extractall(tmp_path / "unpacked", filter="data")
+    files.unpack(archive, tmp_path / "unpacked")
     (tmp_path / "unpacked" / "package").rename(modules / "n8n-nodes-aistream")
     installs.load_node(tmp_path / "project", environ)
     assert names >= {"package.json", "README.md", "LICENSE", "dist/icons/aistream.svg"}

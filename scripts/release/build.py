@@ -8,12 +8,11 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.release.files import copy_files, image_context, write_archive
+from scripts.release.files import copy_files, image_context, unpack, write_archive
 
 #: The folders of the npm packages.
 NPM_PACKAGES = ("clients/js", "n8n/n8n-nodes-aistream")
@@ -62,8 +61,7 @@ def _normalise(sdist: Path, work: Path, epoch: int) -> None:
 
 
 def _unpack(archive: Path, into: Path) -> Path:
-    with tarfile.open(archive) as tar:
-        tar.extractall(into, filter="data")
+    unpack(archive, into)
     (tree,) = into.iterdir()
     return tree
 

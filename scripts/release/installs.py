@@ -14,7 +14,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 import urllib.error
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.release.build import Failed, run
+from scripts.release.files import unpack
 
 #: An answer that is right only if nothing on its way counts bytes for characters.
 PROMPT = "Every word of this comes back: Grüße, 漢字 and 🚀, and then the end."
@@ -311,8 +311,7 @@ def check_context(context: Path, folder: Path, environ: Mapping[str, str]) -> No
     root. What it does not: the image's own base, and Docker.
     """
     unpacked = folder / "context"
-    with tarfile.open(context) as tar:
-        tar.extractall(unpacked, filter="data")
+    unpack(context, unpacked)
     image = Image(folder, environ)
     image.build(unpacked)
     port = _free_port()
