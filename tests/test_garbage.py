@@ -1,6 +1,7 @@
 """What sessions leave behind: little for the garbage collector, which looks through everything but seldom."""
 
 import gc
+import warnings
 import weakref
 from collections.abc import Iterator
 
@@ -19,7 +20,11 @@ def collector() -> Iterator[None]:
     """The garbage collector, as it was before."""
     thresholds = gc.get_threshold()
     yield
-    gc.unfreeze()
+    with warnings.catch_warnings():
+        # What comes to light is of all tests before these, frozen while it was in use: no matter of these two.
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.unfreeze()
+        gc.collect()
     gc.set_threshold(*thresholds)
     gc.enable()
 
