@@ -34,7 +34,7 @@ from tests.service import ROOT, SECRET, Service, n8n_token, session_in, wait_unt
 #: Seconds that a block may take.
 LIMIT = 60.0
 #: Seconds within which a page shows the answer.
-PATIENCE = 20.0
+PATIENCE = 40.0
 #: What the stage's models say.
 ANSWER = "".join(HELLO)
 #: The models that the pages name, each an alias of one that says ANSWER.
@@ -258,10 +258,11 @@ def browser(stage: Stage, block: Block, folder: Path) -> None:
             with contextlib.suppress(AssertionError):
                 tab.wait_for("broken.length || seen().includes(args[0])", ANSWER, timeout=PATIENCE)
             seen, complaints = tab.value("seen()"), tab.complaints
+            asked = [f"{one.method} {one.url.partition('?')[0]} {one.status}" for one in tab.requests]
         finally:
             tab.close()
     assert not complaints, "\n".join(complaints)
-    assert ANSWER in seen, f"the answer is not seen, but {seen!r}"
+    assert ANSWER in seen, f"the answer is not seen, but {seen!r}; asked for: {', '.join(asked)}"
 
 
 def node(stage: Stage, block: Block, folder: Path) -> None:
