@@ -10,7 +10,6 @@ from urllib.parse import urlsplit
 
 from aistream.cli.checks import Finding, Patient
 from aistream.config import settings
-from aistream.endpoints import Endpoint
 from aistream.installation import VARIABLES
 from aistream.parse import LOOPBACK_HOSTS
 
@@ -83,7 +82,7 @@ def _of_production(patient: Patient) -> Iterator[Finding]:
 
 
 def _unknown(patient: Patient) -> Iterator[Finding]:
-    keys = [endpoint.key_variable for endpoint in patient.found.config.endpoints if _has_key(endpoint)]
+    keys = [endpoint.key_variable for endpoint in patient.found.config.endpoints if endpoint.key_variable]
     known = [*settings(), *(variable.name for variable in VARIABLES), *keys]
     for name in sorted(patient.found.in_file - set(known)):
         if not name.startswith(_FOREIGN):
@@ -91,7 +90,3 @@ def _unknown(patient: Patient) -> Iterator[Finding]:
             # Any other name may be a container's that shares the file: only what looks like one of ours is worth a word.
             if near:
                 yield Finding(NAME, "warning", f"{name} in .env is no setting", f"was {near[0]} meant?")
-
-
-def _has_key(endpoint: Endpoint) -> bool:
-    return bool(endpoint.key_variable)
