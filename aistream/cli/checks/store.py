@@ -63,7 +63,7 @@ def _asked(connections: Connections, config: Config, address: RedisAddress) -> I
     try:
         text = connections.call("INFO").decode()
         said = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    except Exception:  # an ACL without INFO
+    except Exception:  # an ACL without INFO, or what may lie below redis-py: it is told as unknown, and the rest is asked
         said = {}
     version = said.get("redis_version", "")
     how = f"{'TLS, ' if address.tls else ''}{latency * 1000:.1f} ms for a round trip"
@@ -161,7 +161,7 @@ def _sentinels(config: Config, address: RedisAddress) -> Iterator[Finding]:
         try:
             reply: Any = connections.call("SENTINEL", "GET-MASTER-ADDR-BY-NAME", address.master)
             told[f"{host}:{port}"] = f"{reply[0].decode()}:{reply[1].decode()}" if reply else f"knows no {address.master}"
-        except Exception as error:
+        except Exception as error:  # as above; one that is away hides none of the others
             told[f"{host}:{port}"] = _words(error, f"{host}:{port}")[0]
         finally:
             connections.close()
