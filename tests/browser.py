@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,14 +71,25 @@ class Seen:
         return f"{parts.scheme}://{parts.netloc}"
 
 
-class Tab:
-    """What tests ask of a page, whatever the browser: `value` evaluates, `complaints` is what stands in its console."""
+class Tab(ABC):
+    """What tests ask of a page, whatever the browser."""
 
-    complaints: list[str]
+    @property
+    @abstractmethod
+    def complaints(self) -> list[str]:
+        """The errors and warnings in the page's console."""
 
+    @abstractmethod
+    def open(self, url: str) -> None:
+        """Opens a page in this tab."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leaves the page, and forgets what it has complained of."""
+
+    @abstractmethod
     def value(self, expression: str, *args: Any) -> Any:
         """What a JavaScript expression gives, promises awaited; `args` are in it as `args[0]`, …."""
-        raise NotImplementedError
 
     def wait_for(self, expression: str, *args: Any, timeout: float = 15.0) -> Any:
         """The value of a JavaScript expression as soon as it is true; AssertionError after `timeout` seconds."""

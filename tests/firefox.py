@@ -105,7 +105,7 @@ class Firefox(Tab):
         self._complaints.clear()
 
     @property
-    def complaints(self) -> list[str]:  # type: ignore[override]
+    def complaints(self) -> list[str]:
         """The errors and warnings in the page's console."""
         self._ask("browsingContext.getTree")  # what has been said until now comes before the answer
         return list(self._complaints)
