@@ -704,6 +704,7 @@ def test_a_deploy_cuts_no_stream_that_can_finish(
 
     assert [one[-1].data for one in events] == ["[DONE]"] * 8
     assert [text_of(one) for one in events] == ["".join(words(60))] * 8
+    assert all([event.id for event in one[:-1]] == [f"1-{i}" for i in range(1, len(one))] for one in events)
     for path in ("/alone", "/slow", *(f"/{i}" for i in range(8))):
         assert n8n.wait_for(1, path=path, timeout=10)[0].json["status"] == "completed"
     assert alone
