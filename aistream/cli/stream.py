@@ -262,47 +262,62 @@ class _Run:
 
     def _end(self, event: dict[str, Any], hint: str = "") -> int:
         status = {"end": "completed", "cancelled": "cancelled"}.get(event["type"], "failed")
-        seconds = self._last_at - self._first_at
-        tokens = self._usage.get("output_tokens")
-        rate = tokens / seconds if tokens and seconds > 0.05 else None
-        first = self._first_at - self._opened_at if self._first_at else None
-        reconnects = self._following.reconnects if self._following else 0
         error = {name: event.get(name) for name in ("code", "message", "retryable")} if status == "failed" else None
-        self._output.line(
-            {
-                "type": "summary",
-                "status": status,
-                "finish_reason": event.get("finish_reason") if status == "completed" else status,
-                "streamId": self._start.get("streamId") or (self._started.stream_id if self._started else None) or None,
-                "model": self._start.get("model"),
-                "provider": self._start.get("provider"),
-                "input_tokens": self._usage.get("input_tokens"),
-                "output_tokens": tokens,
-                "tokens_per_second": rate and round(rate, 1),
-                "time_to_first_token_ms": None if first is None else round(first * 1000),
-                "duration_ms": round((time.monotonic() - self._opened_at) * 1000),
-                "reconnects": reconnects,
-                "last_id": self._following.last_id if self._following else "",
-                "error": error,
-            }
-        )
+        self._output.line(self._summary(status, event.get("finish_reason"), error))
         reason = event.get("finish_reason")
-        words = [status + (f" ({reason})" if status == "completed" and reason else "")]
+        words = status + (f" ({reason})" if status == "completed" and reason else "")
         if error:
             code = str(error["code"])
             told = code in _OWN or code in str(error["message"])
-            words = [f"failed: {error['message']}{'' if told else f' ({code})'}{hint}"]
-        if tokens is not None:
-            words.append(f"{self._usage.get('input_tokens')} tokens in, {tokens} out")
-        words += [f"{rate:.1f} tokens/s"] if rate else []
-        words += [f"first token after {first:.2f} s"] if first is not None else []
-        words += [f"{reconnects} reconnect{'s' if reconnects > 1 else ''}"] if reconnects else []
-        self._output.note(" · ".join(words))
+            words = f"failed: {error['message']}{'' if told else f' ({code})'}{hint}"
+        self._output.note(" · ".join([words, *self._figures()]))
         if status == "cancelled":
             self._output.note(f"n8n gets status cancelled, with these {self._characters} characters as the answer")
         if self._output.callback and self._started:
             self._output.note(self._output.callback)
         return {"completed": COMPLETED, "cancelled": STOPPED}.get(status, FAILED)
+
+    @property
+    def _rate(self) -> float | None:
+        """Tokens per second, between the first and the last piece."""
+        tokens, seconds = self._usage.get("output_tokens"), self._last_at - self._first_at
+        return tokens / seconds if tokens and seconds > 0.05 else None
+
+    @property
+    def _first(self) -> float | None:
+        """Seconds until the first piece."""
+        return self._first_at - self._opened_at if self._first_at else None
+
+    @property
+    def _reconnects(self) -> int:
+        return self._following.reconnects if self._following else 0
+
+    def _summary(self, status: str, finish_reason: str | None, error: dict[str, Any] | None) -> dict[str, Any]:
+        """The last object for programs."""
+        return {
+            "type": "summary",
+            "status": status,
+            "finish_reason": finish_reason if status == "completed" else status,
+            "streamId": self._start.get("streamId") or (self._started.stream_id if self._started else None) or None,
+            "model": self._start.get("model"),
+            "provider": self._start.get("provider"),
+            "input_tokens": self._usage.get("input_tokens"),
+            "output_tokens": self._usage.get("output_tokens"),
+            "tokens_per_second": self._rate and round(self._rate, 1),
+            "time_to_first_token_ms": None if self._first is None else round(self._first * 1000),
+            "duration_ms": round((time.monotonic() - self._opened_at) * 1000),
+            "reconnects": self._reconnects,
+            "last_id": self._following.last_id if self._following else "",
+            "error": error,
+        }
+
+    def _figures(self) -> list[str]:
+        """What was measured and counted, for people."""
+        tokens, reconnects = self._usage.get("output_tokens"), self._reconnects
+        figures = [f"{self._usage.get('input_tokens')} tokens in, {tokens} out"] if tokens is not None else []
+        figures += [f"{self._rate:.1f} tokens/s"] if self._rate else []
+        figures += [f"first token after {self._first:.2f} s"] if self._first is not None else []
+        return figures + ([f"{reconnects} reconnect{'s' if reconnects > 1 else ''}"] if reconnects else [])
 
     def _interrupted(self, reader: gevent.Greenlet[..., Any]) -> None:
         self._interrupts += 1
