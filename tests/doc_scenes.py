@@ -23,6 +23,7 @@ import httpx
 import jwt
 from selenium.webdriver import Chrome
 
+from scripts.release.files import project_files
 from tests.browser import Browser, Pages, chromium
 from tests.doc_blocks import Block
 from tests.neighbours.provider import ProviderServer
@@ -175,14 +176,9 @@ def checkout(folder: Path) -> Path:
 
     Its lists of packages say that nothing is to be installed: no block changes the virtual environment that the tests run in.
     """
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
-    )
-    for name in listed.stdout.decode().split("\0"):
-        source, target = ROOT / name, folder / name
-        if name and not source.is_symlink() and source.is_file():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, target)
+    for name in project_files():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / name)
     venv = folder / ".venv"
     (venv / "bin").mkdir(parents=True)
     (venv / "lib").symlink_to(Path(sys.prefix) / "lib")
@@ -362,7 +358,7 @@ def _redis(stage: Stage) -> dict[str, str]:
 
 def _put(text: str, places: Mapping[str, str]) -> str:
     for pattern, there in places.items():
-        text = re.sub(pattern, lambda _, there=there: there, text)  # type: ignore[misc]
+        text = re.sub(pattern, lambda _, there=there: there, text)  # type: ignore[misc]  # it has no type with a default
     return text
 
 
